@@ -1,0 +1,25 @@
+"""The errors that a user may cause, each one clear line."""
+
+
+class PipelineError(Exception):
+    """Something that the user can put right. str() is one line: what was given and what was expected."""
+
+
+class ConfigError(PipelineError):
+    """A setting, in run.toml or on the command line, is wrong."""
+
+
+class DeviceError(PipelineError):
+    """An audio device or sound file is missing or cannot do what was asked."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint is missing, damaged, or not of the quality that was asked for."""
+
+
+class RingError(PipelineError):
+    """A shared-memory ring is missing, of another layout, or cannot be made."""
+
+
+class ControlError(PipelineError):
+    """A run did not answer, or answered with an error."""
