@@ -1,6 +1,6 @@
 """The processes and the rings of a run, as tables: reading them is reading the architecture."""
 
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 SAMPLE_RATE: Final = 24_000
 """Samples a second inside the pipeline. Devices at another rate are resampled at the edge."""
@@ -12,10 +12,13 @@ FRAME_NS: Final = FRAME * 1_000_000_000 // SAMPLE_RATE
 FRAME_MS: Final = FRAME * 1_000 / SAMPLE_RATE
 
 
+StageName = Literal["capture", "inference", "playback"]
+
+
 class Process(NamedTuple):
     """A stage: its name and the module that is its program."""
 
-    name: str
+    name: StageName
     module: str
 
 
@@ -23,8 +26,8 @@ class RingSpec(NamedTuple):
     """A ring: its name, the stage that writes it and the stage that consumes it (none: taps only)."""
 
     name: str
-    writer: str
-    consumer: str | None
+    writer: StageName
+    consumer: StageName | None
 
 
 # In the order in which they are told to run: the speaker is open before the microphone is.
@@ -39,5 +42,3 @@ RINGS: Final = (
     RingSpec("playback", writer="inference", consumer="playback"),
     RingSpec("heard", writer="playback", consumer=None),
 )
-
-STAGES: Final = tuple(process.name for process in PROCESSES)

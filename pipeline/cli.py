@@ -1,0 +1,285 @@
+"""The command `pipeline`."""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import __version__, checkpoints, doctor, messages, report
+from pipeline import config as settings
+from pipeline.client import Client
+from pipeline.errors import ControlError, PipelineError
+from pipeline.messages import LogLevel
+from pipeline.runtime import RunFolder
+from pipeline.supervisor import Supervisor
+
+EXIT_REFUSED: Final = 2
+"""Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
+
+_READY_S: Final = 600.0
+_LEVEL_STYLE: Final[dict[LogLevel, str]] = {"info": "dim", "warning": "yellow", "error": "red"}
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_name = click.option("--name", default="default", show_default=True, help="The run's name.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _print_json(data: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(data)).decode())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pipeline")
+def cli() -> None:
+    """Real-time, full-duplex speech with Kyutai's Moshi on your own machine."""
+
+
+def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.option("--config", type=click.Path(path_type=Path), help="Settings; by default run.toml, if there."),
+            click.option("--engine", type=click.Choice(["moshi", "echo"]), help="echo returns what it hears."),
+            click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), help="Of the checkpoint."),
+            click.option("--model", metavar="DIR_OR_REPO", help="A checkpoint; by default the quality's official one."),
+            click.option("--input", "input_", metavar="SPEC", help="device[:NAME], file:PATH, tone:HZ or silence."),
+            click.option("--output", metavar="SPEC", help="device[:NAME], file:PATH or null."),
+            click.option("--seconds", type=float, metavar="N", help="End after so long."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_name
+@_settings_options
+@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+def up(
+    name: str,
+    config: Path | None,
+    engine: str | None,
+    quality: str | None,
+    model: str | None,
+    input_: str | None,
+    output: str | None,
+    seconds: float | None,
+    detach: bool,
+) -> int:
+    """Start everything, and talk. Ctrl-C ends it; a file as input ends it when it is answered."""
+    given = {
+        "engine": engine,
+        "quality": quality,
+        "model": model,
+        "capture.input": input_,
+        "playback.output": output,
+        "seconds": seconds,
+    }
+    chosen = settings.load(config, {key: value for key, value in given.items() if value is not None})
+    if chosen.engine == "moshi":
+        checkpoints.find(chosen.model, chosen.quality)  # before anything is started
+    if detach:
+        return _detach(name)
+    supervisor = Supervisor(chosen, RunFolder(name), on_text=_on_text, on_log=_on_log)
+    code = supervisor.run()
+    if supervisor.final is not None and supervisor.final.accounting.sent:
+        out.print()
+        out.print(report.summary(supervisor.final))
+    return code
+
+
+def _on_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _on_log(stage: str, level: LogLevel, message: str) -> None:
+    prefix = "pipeline" if stage == "supervisor" else stage
+    err.print(f"{prefix}: {message}", style=_LEVEL_STYLE[level], markup=False)
+
+
+def _detach(name: str) -> int:
+    """Start this very command again, in the background, and come back when it runs."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+        )
+        client = Client(name)
+        until = time.monotonic() + _READY_S
+        while process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(ControlError):
+                if client.status().state == "running":
+                    click.echo(f"{name} is up; `pipeline down --name {name}` ends it")
+                    return 0
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.terminate()
+            raise ControlError(f"{name} was not running after {_READY_S:g} s")
+        said.seek(0)
+        sys.stderr.write(said.read().decode())
+        return process.returncode or 1
+
+
+@cli.command()
+@_name
+@_json
+def down(name: str, as_json: bool) -> int:
+    """End a run, or clear what a dead one left."""
+    folder = RunFolder(name)
+    if not folder.is_locked():
+        if not folder.path.exists():
+            raise ControlError(f"no run is up under {name!r}, and none has left anything")
+        folder.lock()
+        folder.release()
+        click.echo(f"no run was up under {name!r}; what a dead one had left is cleared")
+        return 0
+    final = Client(name).send("shutdown", timeout_s=10).status
+    if as_json:
+        _print_json(final)
+    elif final is not None:
+        out.print(report.summary(final))
+    until = time.monotonic() + 5
+    while folder.is_locked() and time.monotonic() < until:
+        time.sleep(0.01)
+    return 0
+
+
+@cli.command()
+@_name
+@_json
+def status(name: str, as_json: bool) -> int:
+    """State, accounting and timing now."""
+    found = Client(name).status()
+    if as_json:
+        _print_json(found)
+    else:
+        out.print(report.status_view(found))
+    return 0
+
+
+@cli.command()
+@_name
+@_json
+@click.argument("verb", type=click.Choice(list(messages.VERBS)))
+@click.argument("values", nargs=-1, metavar="[KEY=VALUE]...")
+def send(name: str, as_json: bool, verb: str, values: tuple[str, ...]) -> int:
+    """Send a command to a run, and wait until it is carried out."""
+    pairs: dict[str, Any] = {}
+    for pair in values:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ControlError(f"value {pair!r}: expected KEY=VALUE")
+        pairs[key] = value
+    reply = Client(name).send(verb, **pairs)
+    if as_json:
+        _print_json(reply)
+    elif reply.stage:
+        click.echo(f"{verb}: done by {reply.stage}, from frame {reply.frame} on")
+    elif verb == "status" and reply.status is not None:
+        out.print(report.status_view(reply.status))
+    else:
+        click.echo(f"{verb}: done")
+    return 0
+
+
+@cli.command()
+@_json
+def devices(as_json: bool) -> int:
+    """Audio devices, by the names that --input and --output take."""
+    found = doctor.audio_devices()
+    if as_json:
+        _print_json(found)
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("index", "name", "in", "out", "rate", "system", "default"):
+        table.add_column(column, justify="left" if column in {"name", "system", "default"} else "right")
+    for device in found["devices"]:
+        default = [word for word in ("input", "output") if device[f"default_{word}"]]
+        table.add_row(
+            str(device["index"]),
+            device["name"],
+            str(device["inputs"]),
+            str(device["outputs"]),
+            f"{device['rate']:.0f}",
+            device["api"],
+            ", ".join(default),
+        )
+    out.print(table if found["devices"] else "no audio devices")
+    return 0
+
+
+@cli.command(name="doctor")
+@_name
+@_settings_options
+@_json
+def doctor_(name: str, as_json: bool, config: Path | None, **given: Any) -> int:
+    """What is there, what is wrong, and what to do about it."""
+    keys = {"input_": "capture.input", "output": "playback.output"}
+    overrides = {keys.get(key, key): value for key, value in given.items() if value is not None}
+    findings = doctor.examine(settings.load(config, overrides), name)
+    if as_json:
+        _print_json(findings)
+    else:
+        styles = {"ok": "green", "note": "yellow", "wrong": "red"}
+        for finding in findings:
+            out.print(f"[{styles[finding.state]}]{finding.state:5}[/] {finding.what}: ", end="")
+            out.print(finding.found + (f". {finding.advice}" if finding.advice else ""), markup=False)
+    return 1 if any(finding.state == "wrong" for finding in findings) else 0
+
+
+@cli.group()
+def models() -> None:
+    """Checkpoints: on this machine, to be fetched, or made up."""
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), default="q4", show_default=True)
+@click.option("--size", type=click.Choice(list(checkpoints.SIZES)), default="tiny", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def synth(folder: Path, quality: str, size: str, seed: int) -> int:
+    """Write a checkpoint of random weights in the official layout: it talks noise, and needs no network."""
+    checkpoints.synthesize(folder, quality, size, seed=seed)
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    click.echo(f"{folder}: {size}, {quality}, {total / 1e6:.1f} MB of random weights")
+    return 0
+
+
+def main() -> None:
+    """Run the command; whatever the user did wrong becomes one line on standard error."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "pipeline"
+        _complain(f"{error.format_message()} See `{command} --help`.")
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except PipelineError as error:
+        _complain(str(error))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(line: str) -> None:
+    err.print(f"pipeline: {line}", style="red", markup=False)
+    sys.exit(EXIT_REFUSED)

@@ -1,0 +1,171 @@
+"""The settings of a run: run.toml, checked key by key, and what the command line overrides."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pipeline.errors import ConfigError
+
+DEFAULT_FILE: Final = Path("run.toml")
+
+EngineName = Literal["moshi", "echo"]
+Quality = Literal["q4", "q8", "bf16"]
+Milliseconds = Annotated[float, Meta(ge=0, le=10_000)]
+Temperature = Annotated[float, Meta(ge=0, le=10)]
+Count = Annotated[int, Meta(ge=1, le=100_000)]
+
+
+class _Section(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A table of run.toml. A key that it does not have is an error."""
+
+
+class CaptureConfig(_Section):
+    """The microphone's side."""
+
+    input: str = "device"
+    """`device`, `device:NAME` (or its index), `file:PATH`, `tone:HZ` or `silence`."""
+    block_ms: Annotated[float, Meta(ge=1, le=80)] = 5.0
+    """What one device callback moves."""
+    latency_ms: Milliseconds = 20.0
+    """What is asked of the device. It reports what it gives."""
+
+
+class PlaybackConfig(_Section):
+    """The speaker's side."""
+
+    output: str = "device"
+    """`device`, `device:NAME` (or its index), `file:PATH` or `null`."""
+    block_ms: Annotated[float, Meta(ge=1, le=80)] = 5.0
+    """What one device callback moves."""
+    latency_ms: Milliseconds = 20.0
+    """What is asked of the device. It reports what it gives."""
+    prebuffer_ms: Annotated[float, Meta(ge=0, le=80)] | None = None
+    """How long the first frame waits, so that a later one may be late by as much. Unset: 4 for echo, 40 for moshi.
+    Doubled after each gap, up to a frame."""
+    queue_frames: Annotated[int, Meta(ge=2, le=100)] = 3
+    """More frames than these waiting for the speaker are skipped, oldest first, down to one."""
+
+
+class InferenceConfig(_Section):
+    """How far the model may fall behind the microphone, in frames."""
+
+    backlog_target: Annotated[int, Meta(ge=1, le=100)] = 3
+    """What is left waiting when a backlog is dropped."""
+    backlog_limit: Annotated[int, Meta(ge=1, le=100)] = 8
+    """More than these waiting are dropped, oldest first."""
+
+
+class SamplerConfig(_Section):
+    """How tokens are drawn."""
+
+    text_temperature: Temperature = 0.7
+    text_top_k: Count = 25
+    audio_temperature: Temperature = 0.8
+    audio_top_k: Count = 250
+    seed: int | None = None
+    """Unset: another conversation each time."""
+
+
+class Config(_Section):
+    """Everything that a run can be told before it starts."""
+
+    engine: EngineName = "moshi"
+    quality: Quality = "q4"
+    model: str | None = None
+    """A checkpoint's folder or a repository. Unset: the official one of the quality."""
+    seconds: Annotated[float, Meta(gt=0)] | None = None
+    """Stop after so long. Unset: run until stopped, or until an input file is answered."""
+    ring_seconds: Annotated[float, Meta(ge=10, le=600)] = 12.0
+    """What each ring holds: how long the model may stall before microphone samples are lost."""
+    capture: CaptureConfig = msgspec.field(default_factory=CaptureConfig)
+    inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
+    playback: PlaybackConfig = msgspec.field(default_factory=PlaybackConfig)
+    sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
+
+
+_PREBUFFER_MS: Final[dict[EngineName, float]] = {"echo": 4.0, "moshi": 40.0}
+
+
+def prebuffer_ms(config: Config) -> float:
+    """The prebuffer that a run begins with, in ms."""
+    given = config.playback.prebuffer_ms
+    return _PREBUFFER_MS[config.engine] if given is None else given
+
+
+def load(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """The settings of `path` (None: run.toml if there is one, else the defaults), then `overrides` by dotted key.
+
+    Raises ConfigError, one line that names the key, the value and what was expected.
+    """
+    if path is None and DEFAULT_FILE.is_file():
+        path = DEFAULT_FILE
+    data = _read(path) if path is not None else {}
+    config = _convert(data, str(path))
+    merged = msgspec.to_builtins(config)
+    for key, value in overrides.items():
+        *tables, last = key.split(".")
+        table = merged
+        for name in tables:
+            table = table[name]
+        table[last] = value
+    config = _convert(merged, "command line")
+    inference = config.inference
+    if inference.backlog_limit < inference.backlog_target:
+        raise ConfigError(
+            f"{path or 'defaults'}: inference.backlog_limit = {inference.backlog_limit}: "
+            f"expected at least inference.backlog_target, {inference.backlog_target}"
+        )
+    return config
+
+
+def encode(config: Config) -> bytes:
+    """The settings as JSON, for the stages."""
+    return msgspec.json.encode(config)
+
+
+def decode(data: bytes) -> Config:
+    """What `encode` made."""
+    return msgspec.json.decode(data, type=Config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _convert(data: dict[str, Any], source: str) -> Config:
+    try:
+        return msgspec.convert(data, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(str(error), data)}") from None
+
+
+_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?$")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<key>.*)`")
+
+
+def _explain(message: str, data: dict[str, Any]) -> str:
+    """msgspec's message, with the key first and the value that was given."""
+    found = _AT.match(message)
+    what, where = (found["what"], found["where"] or "") if found else (message, "")
+    unknown = _UNKNOWN.fullmatch(what)
+    table: Any = data
+    struct: Any = Config
+    for part in filter(None, where.split(".")):
+        table = table.get(part) if isinstance(table, dict) else None
+        struct = next((f.type for f in msgspec.structs.fields(struct) if f.name == part), struct)
+        if not (isinstance(struct, type) and issubclass(struct, Struct)):
+            struct = _Section
+    if unknown:
+        prefix = f"{where}." if where else ""
+        known = ", ".join(field.name for field in msgspec.structs.fields(struct))
+        return f"{prefix}{unknown['key']}: unknown key; expected one of {known}"
+    return f"{where} = {table!r}: {what[0].lower()}{what[1:]}"

@@ -1,0 +1,146 @@
+"""A run's folder: its sockets, bells, settings and lock, and the shared memory that belongs to it."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+
+from pipeline import ring
+from pipeline.errors import ConfigError, ControlError
+from pipeline.topology import RINGS
+
+SOCKET_PATH_MAX: Final = 103
+"""Bytes that a socket's path may have on macOS, where sun_path is 104 with the NUL."""
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+
+
+def base() -> Path:
+    """The folder of all runs: $PIPELINE_RUNTIME_DIR, or `pipeline` in the platform's runtime folder."""
+    given = os.environ.get("PIPELINE_RUNTIME_DIR")
+    return Path(given) if given else Path(platformdirs.user_runtime_dir("pipeline", appauthor=False))
+
+
+def names() -> list[str]:
+    """The names of the runs that have a folder, alive or not."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(entry.name for entry in base().iterdir() if entry.is_dir())
+    return []
+
+
+class RunFolder:
+    """The folder of the run called `name`. Raises ConfigError if the name or the folder will not do."""
+
+    def __init__(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"name {name!r}: expected 1 to 32 letters, digits, '.', '_' or '-'")
+        self.name = name
+        self.path = base().absolute() / name
+        self.control = self.path / "control.ipc"
+        self.events = self.path / "events.ipc"
+        self.stages = self.path / "stages.ipc"
+        self.settings = self.path / "run.json"
+        longest = max(len(os.fsencode(path)) for path in (self.control, self.events, self.stages))
+        if longest > SOCKET_PATH_MAX:
+            raise ConfigError(
+                f"runtime folder {self.path} is too long for a socket's path by {longest - SOCKET_PATH_MAX} bytes: "
+                "set PIPELINE_RUNTIME_DIR to a shorter one"
+            )
+        self._lock_path = self.path / "lock"
+        self._lock: int | None = None
+
+    def make(self) -> None:
+        """Make the folder, for this user alone. Raises ConfigError where it belongs to someone else."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.path.stat()
+            if found.st_uid != os.getuid():
+                raise ConfigError(f"runtime folder {self.path} belongs to user {found.st_uid}, not to you")
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                self.path.chmod(0o700)
+        except OSError as error:
+            raise ConfigError(f"runtime folder {self.path} cannot be made: {error.strerror}") from None
+
+    def log(self, stage: str) -> Path:
+        """Where a stage's standard error goes."""
+        return self.path / f"{stage}.log"
+
+    def bell(self, ring_name: str) -> Path:
+        """The bell that is rung for each frame written to a ring."""
+        return self.path / f"{ring_name}.bell"
+
+    def segment(self, ring_name: str) -> str:
+        """The shared-memory name of a ring."""
+        return ring.segment_name(self.path, ring_name)
+
+    def lock(self, *, shared: bool = False) -> None:
+        """Hold the name until this process ends: alone, or together with other stages started by hand.
+
+        Raises ControlError if someone else holds it.
+        """
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        while True:
+            self.make()
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise ControlError(
+                    f"a run named {self.name!r} is up already: stop it with `pipeline down --name {self.name}`, "
+                    "or choose another --name"
+                ) from None
+            # A run that ended just now may have removed the file after it was opened here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(lock).st_ino == self._lock_path.stat().st_ino:
+                    self._lock = lock
+                    return
+            os.close(lock)
+
+    def is_locked(self) -> bool:
+        """Whether a run of this name is up."""
+        try:
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    def clear(self, *, keep_logs: bool = False) -> None:
+        """Remove the run's shared memory and files, its own or those of a dead predecessor. Hold the lock."""
+        for spec in RINGS:
+            ring.unlink(self.segment(spec.name))
+        for path in list(self.path.iterdir()):
+            if path == self._lock_path or (keep_logs and path.suffix == ".log"):
+                continue
+            path.unlink(missing_ok=True)
+
+    def release(self, *, keep_logs: bool = False) -> None:
+        """Clear everything, the folder with it unless logs are kept, and let go of the lock."""
+        self.clear(keep_logs=keep_logs)
+        if keep_logs:
+            self._lock_path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def leave(self) -> None:
+        """Let go of a shared lock; the last to leave clears everything."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.release()

@@ -1,0 +1,489 @@
+"""The supervisor: makes the rings, starts the stages, routes commands, and sees to it that nothing is left behind.
+
+One loop is the program: it sleeps until a signal, a command, a stage's report or a deadline. It moves no audio.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import psutil
+
+from pipeline import accounting, messages
+from pipeline import config as settings
+from pipeline.bell import Bell
+from pipeline.config import Config
+from pipeline.control import Hub
+from pipeline.messages import (
+    CARRIED_OUT_BY,
+    Acknowledged,
+    AnyCommand,
+    Apply,
+    Finish,
+    Finished,
+    LogLevel,
+    LogRecord,
+    Reply,
+    RunState,
+    Shutdown,
+    StageRecord,
+    StageState,
+    StageStatus,
+    Start,
+    Status,
+    StatusReport,
+    Stop,
+    TextRecord,
+    Timing,
+    TimingRecord,
+)
+from pipeline.ring import Ring
+from pipeline.runtime import RunFolder
+from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
+from pipeline.topology import FRAME_MS, PROCESSES, RINGS, Process, StageName
+
+STOP_S: Final = 1.2
+"""How long stages may take to end in good order before they are killed."""
+
+DRAIN_S: Final = 5.0
+"""How long after the end of the input the last frames may take to be answered and played."""
+
+ANSWER_S: Final = 2.0
+"""How long a stage may take to acknowledge a command."""
+
+RESTARTS_MAX: Final = 8
+"""Restarts of one stage after which the run is given up."""
+
+BACKOFF_FIRST_S: Final = 1.0
+BACKOFF_LAST_S: Final = 32.0
+
+_ORPHANS_S: Final = 2.0
+_IDLE_S: Final = 1.0
+_MEBI: Final = 1 << 20
+
+Launch = Callable[[Process, RunFolder, int], "subprocess.Popen[bytes]"]
+
+
+def launch(process: Process, folder: RunFolder, alive: int) -> "subprocess.Popen[bytes]":
+    """Start a stage. `alive` is a pipe's read end: it closes when this process ends, however it ends."""
+    command = [sys.executable, "-m", process.module, "--name", folder.name, "--supervised", str(alive)]
+    with folder.log(process.name).open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(alive,),
+            start_new_session=True,  # Ctrl-C in the terminal is for the supervisor alone
+            env=os.environ | {"PIPELINE_RUNTIME_DIR": str(folder.path.parent)},
+        )
+
+
+@dataclass
+class _StageProcess:
+    """What the supervisor knows of one stage."""
+
+    process: Process
+    state: StageState = "starting"
+    popen: "subprocess.Popen[bytes] | None" = None
+    restarts: int = 0
+    restart_at_ns: int = 0
+    detail: str = ""
+    device_latency_ms: float = 0.0
+    finished: bool = False
+    was_ready: bool = False
+    durations: Durations = field(default_factory=Durations)
+
+    @property
+    def alive(self) -> bool:
+        return self.popen is not None and self.popen.poll() is None
+
+    def status(self) -> StageStatus:
+        status = StageStatus(
+            state=self.state,
+            pid=self.popen.pid if self.popen is not None and self.alive else None,
+            restarts=self.restarts,
+            detail=self.detail,
+            device_latency_ms=self.device_latency_ms,
+        )
+        if status.pid is not None:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(status.pid)
+                status.memory_mb = process.memory_info().rss / _MEBI
+                times = process.cpu_times()
+                status.cpu_s = times.user + times.system
+        return status
+
+
+@dataclass
+class _Waiting:
+    """A client whose command a stage is carrying out."""
+
+    address: list[bytes]
+    verb: str
+    stage: StageName
+    until_ns: int
+
+
+class Supervisor:
+    """One run, from `run` to its end. Raises PipelineError from its construction if the name is taken."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        *,
+        on_text: Callable[[str], None],
+        on_log: Callable[[str, LogLevel, str], None],
+        clock: Callable[[], int] = now_ns,
+        launch: Launch = launch,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._on_text = on_text
+        self._on_log = on_log
+        self._clock = clock
+        self._launch = launch
+        self._state: RunState = "starting"
+        self._error = ""
+        self._clean = True
+        self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
+        self._mic_to_speaker = Durations()
+        self._drift = accounting.Drift()
+        self._waiting: dict[int, _Waiting] = {}
+        self._requests = 0
+        self._farewells: list[list[bytes]] = []
+        self._began_ns = clock()
+        self._stop_at_ns: int | None = None
+        self._drained_by_ns: int | None = None
+        self._signal_read, self._signal_write = socket.socketpair()
+        self._alive_read, self._alive_write = os.pipe()
+        self._rings: dict[str, Ring] = {}
+        self._hub: Hub | None = None
+        self.final: StatusReport | None = None
+        """The status when the run had ended."""
+
+    @property
+    def hub(self) -> Hub:
+        if self._hub is None:
+            raise RuntimeError("the run has not begun")
+        return self._hub
+
+    def run(self) -> int:
+        """Carry out the run; returns its exit code: 0 if it was clean. Raises PipelineError if it cannot begin."""
+        self._folder.lock()
+        try:
+            self._make()
+            self._catch_signals()
+            for stage in self._stages.values():
+                self._spawn(stage)
+            while self._state != "stopping":
+                self._turn()
+            self._stop_stages()
+            self.final = self.status()
+            self._farewell()
+        finally:
+            self._clear()
+        if self._error:
+            self._on_log("supervisor", "error", self._error)
+        wrong = self.final.accounting.discrepancies() if self.final else []
+        for equation in wrong:
+            self._on_log("supervisor", "error", f"accounting: {equation}")
+        return 0 if self._clean and not self._error and not wrong else 1
+
+    # Beginning and end
+
+    def _make(self) -> None:
+        if self._folder.settings.exists():
+            self._end_orphans()
+        self._folder.clear()
+        for spec in RINGS:
+            self._rings[spec.name] = Ring.create(self._folder.segment(spec.name), self._config.ring_seconds)
+        Bell(self._folder.bell("capture")).close()
+        self._folder.settings.write_bytes(settings.encode(self._config))
+        self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages)
+        self._hub.watch(self._signal_read)
+
+    def _end_orphans(self) -> None:
+        """Stages of a supervisor that was killed leave by themselves; one that is stuck is killed."""
+        orphans = [p for p in psutil.process_iter(["cmdline"]) if _is_stage_of(p.info["cmdline"] or [], self._folder.name)]
+        # Of another user, or of the same name in another folder: not ours.
+        ours = [p for p in orphans if _runtime_dir(p) == str(self._folder.path.parent)]
+        _, stuck = psutil.wait_procs(ours, timeout=_ORPHANS_S)
+        for process in stuck:
+            process.kill()
+        psutil.wait_procs(stuck, timeout=_ORPHANS_S)
+
+    def _catch_signals(self) -> None:
+        self._signal_write.setblocking(False)
+        self._signal_read.setblocking(False)
+        signal.set_wakeup_fd(self._signal_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: self._end())
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
+
+    def _spawn(self, stage: _StageProcess) -> None:
+        stage.popen = self._launch(stage.process, self._folder, self._alive_read)
+        self._set_state(stage, "starting")
+
+    def _end(self, error: str = "") -> None:
+        """Let the loop end; the first error is the run's."""
+        self._state = "stopping"
+        self._error = self._error or error
+
+    def _stop_stages(self) -> None:
+        for stage in self._stages.values():
+            if stage.alive:
+                self.hub.order(stage.process.name, Stop())
+                # A stage that is loading a model reads no orders.
+                if stage.state == "starting" and stage.popen is not None:
+                    stage.popen.terminate()
+        until_ns = self._clock() + round(STOP_S * NS_PER_S)
+        while any(stage.alive for stage in self._stages.values()):
+            left_s = (until_ns - self._clock()) / NS_PER_S
+            if left_s <= 0:
+                break
+            self._wait(left_s)
+            self._read_reports()
+            self._read_commands()
+        self._read_reports()
+        for stage in self._stages.values():
+            if stage.popen is None:
+                continue
+            if stage.alive:
+                stage.popen.kill()
+                self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
+                self._clean = self._clean and stage.state == "starting"
+            code = stage.popen.wait()
+            if code > 0 and not self._error:
+                self._clean = False
+            if stage.state != "fatal":
+                self._set_state(stage, "stopped")
+        self._state = "stopped"
+
+    def _farewell(self) -> None:
+        for address in self._farewells:
+            self.hub.reply(address, Reply(ok=True, verb="shutdown", status=self.final))
+
+    def _clear(self) -> None:
+        os.close(self._alive_write)
+        os.close(self._alive_read)
+        for stage in self._stages.values():
+            if stage.popen is not None and stage.popen.poll() is None:
+                stage.popen.kill()
+                stage.popen.wait()
+        if self._hub is not None:
+            self._hub.close()
+        for ring in self._rings.values():
+            ring.close()
+        # A crashed stage's traceback is in its log.
+        crashed = any(stage.popen is not None and stage.popen.returncode == 1 for stage in self._stages.values())
+        self._folder.release(keep_logs=crashed or any(stage.restarts for stage in self._stages.values()))
+        signal.set_wakeup_fd(-1)
+        self._signal_read.close()
+        self._signal_write.close()
+
+    # The loop
+
+    def _turn(self) -> None:
+        self._wait(self._next_deadline_s())
+        self._read_reports()
+        self._read_commands()
+        self._see_deaths()
+        self._keep_deadlines()
+
+    def _wait(self, timeout_s: float) -> None:
+        self.hub.wait(timeout_s)
+        with contextlib.suppress(BlockingIOError):
+            self._signal_read.recv(4_096)
+
+    def _next_deadline_s(self) -> float:
+        deadlines = [stage.restart_at_ns for stage in self._stages.values() if stage.state == "backoff"]
+        deadlines += [waiting.until_ns for waiting in self._waiting.values()]
+        deadlines += [at for at in (self._stop_at_ns, self._drained_by_ns) if at is not None]
+        if not deadlines:
+            return _IDLE_S
+        return min(_IDLE_S, max(0.0, (min(deadlines) - self._clock()) / NS_PER_S))
+
+    def _keep_deadlines(self) -> None:
+        now = self._clock()
+        for stage in self._stages.values():
+            if stage.state == "backoff" and now >= stage.restart_at_ns:
+                self._spawn(stage)
+        for request, waiting in list(self._waiting.items()):
+            if now >= waiting.until_ns:
+                del self._waiting[request]
+                error = f"{waiting.stage} did not acknowledge {waiting.verb} within {ANSWER_S:g} s"
+                self.hub.reply(waiting.address, Reply(ok=False, verb=waiting.verb, stage=waiting.stage, error=error))
+        if self._stop_at_ns is not None and now >= self._stop_at_ns:
+            self._stop_at_ns = None
+            self.hub.order("capture", Finish())
+        if self._drained_by_ns is not None and now >= self._drained_by_ns:
+            self._end(f"the last frames were not answered and played within {DRAIN_S:g} s of the input's end")
+
+    def _see_deaths(self) -> None:
+        for stage in self._stages.values():
+            if stage.popen is None or stage.alive or stage.state == "backoff" or self._state == "stopping":
+                continue
+            self._clean = False
+            name, code = stage.process.name, stage.popen.returncode
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"stopped with exit code {code}"
+            if stage.state == "fatal" and not stage.was_ready:
+                self._end(f"{name}: {stage.detail}")
+            elif not stage.was_ready:
+                self._end(f"{name} {how} before it was ready; its messages are in {self._folder.log(name)}")
+            elif stage.restarts >= RESTARTS_MAX:
+                self._set_state(stage, "fatal")
+                self._end(f"{name} {how} after {RESTARTS_MAX} restarts; its messages are in {self._folder.log(name)}")
+            else:
+                delay_s = min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2**stage.restarts)
+                stage.restarts += 1
+                stage.restart_at_ns = self._clock() + round(delay_s * NS_PER_S)
+                why = f" ({stage.detail})" if stage.state == "fatal" else ""
+                self._set_state(stage, "backoff")
+                self._log("warning", f"{name} {how}{why}; it is started again in {delay_s:g} s")
+
+    # What stages say
+
+    def _read_reports(self) -> None:
+        for data in self.hub.reports():
+            try:
+                report = messages.decode_report(data)
+            except msgspec.MsgspecError as error:
+                self._log("warning", f"a stage's report was not understood: {error}")
+                continue
+            if (topic := messages.topic(report)) is not None:
+                self.hub.publish(topic, data)
+            match report:
+                case TimingRecord():
+                    self._time(report)
+                case StageRecord():
+                    self._stage_said(report)
+                case TextRecord(text=text):
+                    self._on_text(text)
+                case LogRecord(stage=stage, level=level, message=message):
+                    self._on_log(stage, level, message)
+                case Acknowledged(request=request) if request in self._waiting:
+                    waiting = self._waiting.pop(request)
+                    self.hub.reply(
+                        waiting.address,
+                        Reply(ok=True, verb=waiting.verb, stage=waiting.stage, frame=report.frame),
+                    )
+                case Finished(stage=name):
+                    self._stage_finished(name)
+
+    def _time(self, record: TimingRecord) -> None:
+        duration_ms = (record.end_ns - record.start_ns) / NS_PER_MS
+        if record.stage == "capture":
+            duration_ms -= FRAME_MS
+        self._stages[record.stage].durations.add_ms(duration_ms)
+        if record.stage == "playback":
+            self._mic_to_speaker.add_ms(record.mic_to_speaker_ms)
+
+    def _stage_said(self, record: StageRecord) -> None:
+        stage = self._stages[record.stage]
+        stage.state = record.state
+        stage.detail = record.detail
+        stage.device_latency_ms = record.device_latency_ms
+        if record.state != "ready":
+            return
+        stage.was_ready = True
+        if self._state == "running":
+            self._on_log(record.stage, "info", f"ready again: {record.detail}")
+            self.hub.order(record.stage, Start())
+        elif all(other.state == "ready" for other in self._stages.values()):
+            self._state = "running"
+            for process in PROCESSES:
+                self._on_log(process.name, "info", f"ready: {self._stages[process.name].detail}")
+                self.hub.order(process.name, Start())
+            if self._config.seconds is not None:
+                self._stop_at_ns = self._clock() + round(self._config.seconds * NS_PER_S)
+
+    def _stage_finished(self, name: StageName) -> None:
+        self._stages[name].finished = True
+        if name == "playback":
+            self._end()
+        elif name == "capture":
+            self._drained_by_ns = self._clock() + round(DRAIN_S * NS_PER_S)
+
+    def _set_state(self, stage: _StageProcess, state: StageState) -> None:
+        """A change that the stage cannot report itself."""
+        stage.state = state
+        record = StageRecord(stage=stage.process.name, state=state, detail=stage.detail, time_ns=self._clock())
+        self.hub.publish(f"state.{stage.process.name}", messages.encode(record))
+
+    def _log(self, level: LogLevel, message: str) -> None:
+        record = LogRecord(stage="supervisor", level=level, message=message, time_ns=self._clock())
+        self.hub.publish("log.supervisor", messages.encode(record))
+        self._on_log("supervisor", level, message)
+
+    # What clients ask
+
+    def _read_commands(self) -> None:
+        for address, data in self.hub.commands():
+            try:
+                command = messages.decode_command(data)
+            except msgspec.MsgspecError as error:
+                known = ", ".join(messages.VERBS)
+                text = f"not a command: {error}; expected JSON such as {{\"verb\": \"status\"}}, with one of {known}"
+                self.hub.reply(address, Reply(ok=False, error=text))
+                continue
+            self._carry_out(address, command)
+
+    def _carry_out(self, address: list[bytes], command: AnyCommand) -> None:
+        verb = type(command).__name__.lower()
+        if isinstance(command, Status):
+            self.hub.reply(address, Reply(ok=True, verb=verb, status=self.status()))
+        elif isinstance(command, Shutdown):
+            self._farewells.append(address)
+            self._end()
+        else:
+            name = CARRIED_OUT_BY[type(command)]
+            stage = self._stages[name]
+            if stage.state != "running":
+                error = f"{name} is {stage.state}, not running"
+                self.hub.reply(address, Reply(ok=False, verb=verb, stage=name, error=error))
+                return
+            self._requests += 1
+            until_ns = self._clock() + round(ANSWER_S * NS_PER_S)
+            self._waiting[self._requests] = _Waiting(address, verb, name, until_ns)
+            self.hub.order(name, Apply(request=self._requests, command=command))
+
+    def status(self) -> StatusReport:
+        """State, accounting and timing now."""
+        counts, xruns = accounting.read(**self._rings)
+        durations = {name: stage.durations for name, stage in self._stages.items()}
+        return StatusReport(
+            name=self._folder.name,
+            state=self._state,
+            engine=self._config.engine,
+            uptime_s=(self._clock() - self._began_ns) / NS_PER_S,
+            stages={stage.process.name: stage.status() for stage in self._stages.values()},
+            accounting=counts,
+            timing=Timing(
+                capture=durations["capture"].spread(),
+                inference=durations["inference"].stage_spread(),
+                playback=durations["playback"].spread(),
+                mic_to_speaker_ms=self._mic_to_speaker.spread(),
+            ),
+            xruns=xruns,
+            drift_ppm=self._drift.ppm(self._rings["capture"], self._rings["heard"]),
+        )
+
+
+def _is_stage_of(command: list[str], name: str) -> bool:
+    modules = {process.module for process in PROCESSES}
+    return "--supervised" in command and name in command and not modules.isdisjoint(command)
+
+
+def _runtime_dir(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get("PIPELINE_RUNTIME_DIR", "")
+    return ""

@@ -1,0 +1,79 @@
+"""Clocks and durations: the monotonic clock, a fixed-rate schedule, and how durations are spread."""
+
+import contextlib
+import os
+import sys
+import time
+from typing import Final
+
+from hdrh.histogram import HdrHistogram
+
+from pipeline.messages import Spread, StageSpread
+from pipeline.topology import FRAME_MS
+
+NS_PER_S: Final = 1_000_000_000
+NS_PER_MS: Final = 1_000_000
+
+_LONGEST_US: Final = 600_000_000
+_DIGITS: Final = 3
+_REALTIME_PRIORITY: Final = 40
+"""Above every ordinary thread, below the sound server's own, which are at 50 and more where they are real-time."""
+
+
+def now_ns() -> int:
+    """The monotonic clock, which all processes of a machine share."""
+    return time.monotonic_ns()
+
+
+def promote_thread() -> bool:
+    """Ask for real-time scheduling (SCHED_FIFO) of the calling thread; False where the system does not permit it.
+
+    On macOS the audio system's threads are real-time already and nothing is asked.
+    """
+    if sys.platform != "linux":
+        return False
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_REALTIME_PRIORITY))
+        return True
+    return False
+
+
+class Durations:
+    """Durations of a run, however long, in bounded memory: an HDR histogram in µs, exact to three digits."""
+
+    def __init__(self) -> None:
+        self._histogram = HdrHistogram(1, _LONGEST_US, _DIGITS)
+        self._late = 0
+
+    def add_ms(self, duration_ms: float) -> None:
+        """Count one duration."""
+        self._histogram.record_value(min(_LONGEST_US, max(1, round(duration_ms * 1_000))))
+        self._late += duration_ms > FRAME_MS
+
+    def _at(self, percentile: float) -> float:
+        return float(self._histogram.get_value_at_percentile(percentile)) / 1_000
+
+    def spread(self) -> Spread:
+        """What was counted so far."""
+        if not self._histogram.get_total_count():
+            return Spread()
+        return Spread(
+            frames=self._histogram.get_total_count(),
+            p50_ms=self._at(50),
+            p95_ms=self._at(95),
+            p99_ms=self._at(99),
+            max_ms=self._histogram.get_max_value() / 1_000,
+        )
+
+    def stage_spread(self) -> StageSpread:
+        """The same, with the number of durations over a frame's."""
+        spread = self.spread()
+        return StageSpread(
+            frames=spread.frames,
+            p50_ms=spread.p50_ms,
+            p95_ms=spread.p95_ms,
+            p99_ms=spread.p99_ms,
+            max_ms=spread.max_ms,
+            budget_ms=FRAME_MS,
+            late=self._late,
+        )

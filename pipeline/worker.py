@@ -1,0 +1,272 @@
+"""What every stage's program shares: its arguments, its line to the supervisor, its main loop and its end.
+
+A stage is started by the supervisor, or by hand for debugging:
+
+    python -m procs.capture --name dev --set capture.input=tone:440
+
+By hand, the first stage of a name makes the rings, the others join, each runs until Ctrl-C, the last one clears up.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+from pipeline import config as settings
+from pipeline.bell import Bell
+from pipeline.config import Config
+from pipeline.control import HasFileno, StageLink
+from pipeline.errors import PipelineError
+from pipeline.messages import (
+    Acknowledged,
+    AnyCommand,
+    Apply,
+    Finish,
+    Heartbeat,
+    LogLevel,
+    LogRecord,
+    Report,
+    StageRecord,
+    StageState,
+    Start,
+    Stop,
+)
+from pipeline.ring import Ring
+from pipeline.runtime import RunFolder
+from pipeline.timing import now_ns
+from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE, StageName
+
+EXIT_FATAL: Final = 2
+"""Exit code of a stage that cannot work with the settings, device or model it was given: not to be restarted."""
+
+_HEARTBEAT_S: Final = 1.0
+
+
+class Opened(NamedTuple):
+    """What a stage found when it opened what it works with."""
+
+    detail: str
+    device_latency_ms: float = 0.0
+
+
+class Context:
+    """What a stage is given: settings, rings, the bell of the capture ring, and a way to report."""
+
+    def __init__(self, config: Config, folder: RunFolder, link: StageLink, stage: StageName) -> None:
+        self.config = config
+        self.stage = stage
+        self._link = link
+        self.rings = {spec.name: Ring.open(folder.segment(spec.name), config.ring_seconds) for spec in RINGS}
+        self.bell = Bell(folder.bell("capture"))
+
+    def report(self, report: Report) -> None:
+        """Tell the supervisor; never waits."""
+        self._link.report(report)
+
+    def log(self, level: LogLevel, message: str) -> None:
+        """Say one line to people."""
+        self.report(LogRecord(stage=self.stage, level=level, message=message, time_ns=now_ns()))
+
+    def close(self) -> None:
+        """Let go of the rings and the bell."""
+        self.bell.close()
+        for ring in self.rings.values():
+            # A view of the ring that still lives somewhere keeps it mapped until the process ends, moments later.
+            with contextlib.suppress(BufferError):
+                ring.close()
+
+
+class Stage(Protocol):
+    """One duty: opened once, then started, worked and stopped by the loop below."""
+
+    def open(self) -> Opened:
+        """Take the device, or load the model. Raises PipelineError."""
+
+    def start(self) -> None:
+        """Begin to move samples."""
+
+    def work(self) -> bool:
+        """Do what there is to do, a frame's worth at most; True if there may be more at once."""
+
+    def finish(self) -> None:
+        """End the stream here: what was taken so far is to be answered."""
+
+    def apply(self, command: AnyCommand) -> int:
+        """Carry out a command; returns the frame from which on it has effect."""
+
+    def stop(self) -> None:
+        """Let go of everything. Called once, also when `open` failed."""
+
+    def wakes(self) -> HasFileno | None:
+        """What is readable when there may be work before a frame's time has passed."""
+
+
+class _Leave(BaseException):
+    """A signal to leave, while a stage is being opened."""
+
+
+class _Worker:
+    """One stage's life."""
+
+    def __init__(self, name: StageName, stage: Stage, context: Context, link: StageLink, alive: int | None) -> None:
+        self._name = name
+        self._stage = stage
+        self._context = context
+        self._link = link
+        self._alive = alive
+        self._leaving = False
+        self._opening = True
+        self._running = False
+        self._opened = Opened("")
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+
+    def run(self) -> int:
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        # Ctrl-C is the supervisor's to handle; by hand there is none.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if self._alive is not None else self._on_signal)
+        code = 0
+        try:
+            self._say("starting")
+            self._opened = self._stage.open()
+            self._opening = False
+            # What was made so far lives as long as the process: not to be looked at again by a collection,
+            # and there is nothing in the loop that makes cycles.
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            self._say("ready")
+            if self._alive is None:
+                self._start()
+            self._loop()
+        except _Leave:
+            pass
+        except PipelineError as error:
+            self._opened = Opened(str(error))
+            self._say("fatal")
+            code = EXIT_FATAL
+        except Exception as error:
+            traceback.print_exc()
+            self._context.log("error", f"{type(error).__name__}: {error}")
+            code = 1
+        finally:
+            self._opening = False
+            self._stage.stop()
+            if code == 0:
+                self._say("stopped")
+        return code
+
+    def _on_signal(self, *_: object) -> None:
+        self._leaving = True
+        if self._opening:
+            raise _Leave
+
+    def _say(self, state: StageState) -> None:
+        opened = self._opened
+        self._context.report(
+            StageRecord(
+                stage=self._name,
+                state=state,
+                detail=opened.detail,
+                device_latency_ms=opened.device_latency_ms,
+                time_ns=now_ns(),
+            )
+        )
+        if self._alive is None:
+            print(f"{self._name}: {state}{': ' if opened.detail else ''}{opened.detail}", file=sys.stderr)
+
+    def _start(self) -> None:
+        self._stage.start()
+        self._running = True
+        self._say("running")
+
+    def _loop(self) -> None:
+        link = self._link
+        sources = [source for source in (self._stage.wakes(), _Descriptor(self._wake_read)) if source is not None]
+        if self._alive is not None:
+            sources.append(_Descriptor(self._alive))
+        for source in sources:
+            link.watch(source)
+        frame_s = FRAME_MS / 1_000
+        heartbeat_ns = 0
+        more = False
+        while not self._leaving:
+            if self._alive in link.wait(0 if more else frame_s):
+                return  # the supervisor is gone
+            for order in link.orders():
+                match order:
+                    case Start():
+                        self._start()
+                    case Finish():
+                        self._stage.finish()
+                    case Apply(request=request, command=command):
+                        self._context.report(Acknowledged(request=request, frame=self._stage.apply(command)))
+                    case Stop():
+                        return
+            more = self._running and self._stage.work()
+            now = now_ns()
+            if now - heartbeat_ns >= _HEARTBEAT_S * 1e9:
+                heartbeat_ns = now
+                link.report(Heartbeat(stage=self._name))
+
+
+class _Descriptor:
+    """A bare file descriptor, for something that waits on objects."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+def _overrides(pairs: list[str]) -> Iterator[tuple[str, Any]]:
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        number = value.replace(".", "", 1).isdigit()
+        yield key, (float(value) if "." in value else int(value)) if number else value
+
+
+def main(name: StageName, make: Callable[[Context], Stage]) -> None:
+    """The program of stage `name`: reads the arguments, runs the stage that `make` makes, and exits."""
+    parser = argparse.ArgumentParser(prog=f"python -m procs.{name}", description=__doc__.split("\n")[0])
+    parser.add_argument("--name", default="default", help="the run's name")
+    parser.add_argument("--config", type=Path, help="settings, by default run.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument("--supervised", type=int, metavar="FD", help="started by the supervisor, which holds FD's end")
+    arguments = parser.parse_args()
+    alive: int | None = arguments.supervised
+    try:
+        folder = RunFolder(arguments.name)
+        if alive is None:
+            config = settings.load(arguments.config, dict(_overrides(arguments.set)))
+            folder.lock(shared=True)
+        else:
+            config = settings.decode(folder.settings.read_bytes())
+        link = StageLink(folder.stages, name)
+        context = Context(config, folder, link, name)
+    except PipelineError as error:
+        sys.exit(f"{name}: {error}")
+    try:
+        code = _Worker(name, make(context), context, link, alive).run()
+    finally:
+        context.close()
+        link.close()
+        if alive is None:
+            folder.leave()
+    # Threads of audio libraries may outlive their streams; nothing is left to wait for.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def samples_of(milliseconds: float) -> int:
+    """How many samples a duration is."""
+    return round(milliseconds * SAMPLE_RATE / 1_000)

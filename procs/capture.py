@@ -1,0 +1,124 @@
+"""The capture stage: microphone samples, made fit for the codec, into the capture ring. Nothing else."""
+
+from pipeline import worker
+from pipeline.audio import make_fit
+from pipeline.control import HasFileno
+from pipeline.errors import DeviceError
+from pipeline.messages import AnyCommand, Finished, Mute, TimingRecord, Unmute, XrunRecord
+from pipeline.ring import RingReader, RingWriter, Samples
+from pipeline.timing import NS_PER_S, now_ns
+from pipeline.topology import FRAME, SAMPLE_RATE
+from pipeline.worker import Context, Opened
+from procs import devices
+
+
+class Capture:
+    """Owns the input device. `on_block` runs in the device's thread, everything else in the main one."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._ring = context.rings["capture"]
+        self._writer = RingWriter(self._ring)
+        self._consumed = RingReader(self._ring)
+        self._bell = context.bell
+        self._device: devices.Input = devices.Unopened()
+        self._muted = False
+        self._captured_ns = 0
+        self._input_ended = False
+        self._finished = False
+        self._next_mark = self._ring.mark_count
+        self._xruns = self._ring.ledger().xruns
+
+    def open(self) -> Opened:
+        config = self._context.config.capture
+        self._device = devices.open_input(
+            config.input,
+            block=worker.samples_of(config.block_ms),
+            latency_ms=config.latency_ms,
+            resume_at=self._writer.position,
+            on_block=self.on_block,
+            on_end=self._on_end,
+        )
+        return Opened(self._device.detail, self._device.latency_ms)
+
+    def start(self) -> None:
+        self._device.start()
+
+    def wakes(self) -> HasFileno | None:
+        return None
+
+    def on_block(self, samples: Samples, adc_ns: int, xrun: bool) -> None:
+        """Take one block, shape (n,), from the device; its first sample was converted at `adc_ns`."""
+        writer = self._writer
+        cleaned = make_fit(samples)
+        if cleaned:
+            writer.count("cleaned", cleaned)
+        if xrun:
+            writer.count("xruns")
+        if self._muted:
+            samples.fill(0)
+        writer.anchor(writer.position, adc_ns)
+        start, count = 0, len(samples)
+        while start < count:
+            position = writer.position
+            into = position % FRAME
+            if into == 0:
+                self._captured_ns = adc_ns + start * NS_PER_S // SAMPLE_RATE
+            stop = min(count, start + FRAME - into)
+            completes = into + stop - start == FRAME
+            if completes:
+                frame = position // FRAME
+                writer.mark(position - into, frame, self._captured_ns, self._captured_ns, now_ns())
+            writer.write(samples[start:stop])
+            if completes:
+                self._bell.ring()
+            start = stop
+
+    def _on_end(self) -> None:
+        self._input_ended = True
+
+    def work(self) -> bool:
+        """Report the frames captured since the last look, and the end."""
+        if self._device.gone():
+            raise DeviceError(f"input device {self._device.detail} has stopped")
+        waiting = self._ring.ledger().waiting // FRAME
+        while (mark := self._ring.mark(self._next_mark)) is not None:
+            self._next_mark += 1
+            self._context.report(
+                TimingRecord(
+                    stage="capture", frame=mark.frame, start_ns=mark.start_ns, end_ns=mark.end_ns, queued=waiting
+                )
+            )
+        self._next_mark = max(self._next_mark, self._ring.mark_count - self._ring.mark_capacity + 1)
+        xruns = self._ring.ledger().xruns
+        if xruns != self._xruns:
+            count, self._xruns = xruns - self._xruns, xruns
+            self._context.report(XrunRecord(stage="capture", kind="xrun", count=count, time_ns=now_ns()))
+        if self._input_ended and not self._finished:
+            self.finish()
+        return False
+
+    def finish(self) -> None:
+        """End the stream, its last frame filled up with silence."""
+        if self._finished:
+            return
+        self._finished = True
+        self._device.stop()
+        missing = -self._writer.position % FRAME
+        if missing:
+            self.on_block(devices.silence(missing), now_ns(), xrun=False)
+        self._writer.end()
+        self._bell.ring()
+        self._context.report(Finished(stage="capture"))
+
+    def apply(self, command: AnyCommand) -> int:
+        if isinstance(command, Mute | Unmute):
+            self._muted = isinstance(command, Mute)
+        return self._writer.position // FRAME
+
+    def stop(self) -> None:
+        self._device.stop()
+
+
+if __name__ == "__main__":
+    worker.main("capture", Capture)

@@ -1,0 +1,524 @@
+"""Where samples come from and go to: PortAudio devices, sound files, and stand-ins that need no sound card.
+
+The only module that imports sounddevice, and only when a device is asked for: from file to file needs no PortAudio.
+
+Every input calls `on_block(samples, adc_ns, xrun)` and every output `on_block(samples, dac_ns, xrun)`, in a thread of
+its own, with samples of shape (n,), float32, mono, at 24 kHz. `adc_ns` and `dac_ns` are when the device converted, or
+will convert, the first of them, on the monotonic clock. An output's `on_block` fills what it is given.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+import soundfile
+import soxr
+
+from pipeline.audio import FULL_SCALE, Samples
+from pipeline.errors import DeviceError
+from pipeline.timing import NS_PER_S, now_ns, promote_thread
+from pipeline.topology import SAMPLE_RATE
+
+OnBlock = Callable[[Samples, int, bool], None]
+
+INPUT_SPECS: Final = "device, device:NAME, file:PATH, tone:HZ or silence"
+OUTPUT_SPECS: Final = "device, device:NAME, file:PATH or null"
+
+_PACED_BLOCK: Final = 480
+"""Samples that a stand-in moves at once: 20 ms, a whole part of a frame."""
+
+_TONE_LEVEL: Final = 0.25
+_RESAMPLER: Final = "HQ"
+_JOIN_S: Final = 2.0
+
+
+class Input(Protocol):
+    """A source of samples, open from its construction, running from `start` to `stop`."""
+
+    detail: str
+    latency_ms: float
+    """From the converter to the callback, as the device reports it."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def gone(self) -> bool:
+        """Whether the device stopped by itself."""
+
+
+class Output(Protocol):
+    """A sink of samples, open from its construction, running from `start` to `stop`."""
+
+    detail: str
+    latency_ms: float
+    """From the callback to the converter, as the device reports it."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def gone(self) -> bool:
+        """Whether the device stopped by itself."""
+
+
+class Unopened:
+    """Stands where a device will be, until it is opened."""
+
+    detail = ""
+    latency_ms = 0.0
+
+    def start(self) -> None:
+        """Nothing is open."""
+
+    def stop(self) -> None:
+        """Nothing is open."""
+
+    def gone(self) -> bool:
+        return False
+
+
+def silence(count: int) -> Samples:
+    """`count` zeros."""
+    return np.zeros(count, np.float32)
+
+
+def open_input(
+    spec: str, *, block: int, latency_ms: float, resume_at: int, on_block: OnBlock, on_end: Callable[[], None]
+) -> Input:
+    """Open what `spec` names. A file goes on at sample `resume_at`, and calls `on_end` after its last.
+
+    Raises DeviceError.
+    """
+    kind, _, name = spec.partition(":")
+    match kind:
+        case "device":
+            return _PortAudioInput(name, block, latency_ms, on_block)
+        case "file" if name:
+            return _PacedInput(f"file {name}", _file_blocks(Path(name), resume_at), on_block, on_end)
+        case "tone":
+            return _PacedInput(f"tone {name} Hz", _tone_blocks(name, resume_at), on_block, on_end)
+        case "silence" if not name:
+            return _PacedInput("silence", _silent_blocks(), on_block, on_end)
+    raise DeviceError(f"input {spec!r}: expected {INPUT_SPECS}")
+
+
+def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_block: OnBlock) -> Output:
+    """Open what `spec` names. With `resume`, a file is added to and not begun anew. Raises DeviceError."""
+    kind, _, name = spec.partition(":")
+    match kind:
+        case "device":
+            return _PortAudioOutput(name, block, latency_ms, on_block)
+        case "file" if name:
+            return _PacedOutput(f"file {name}", block, on_block, _open_sink(Path(name), resume))
+        case "null" if not name:
+            return _PacedOutput("null", _PACED_BLOCK, on_block, None)
+    raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
+
+
+# Stand-ins: they keep the monotonic clock's time, as a device keeps its crystal's.
+
+
+class _Pace:
+    """A thread that calls `turn(due_ns)` once for each block's time, and catches up when it was held up."""
+
+    def __init__(self, block: int, turn: Callable[[int], bool]) -> None:
+        self._block = block
+        self._turn = turn
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pace", daemon=True)
+
+    def _run(self) -> None:
+        promote_thread()
+        begin_ns = now_ns()
+        blocks = 0
+        while True:
+            due_ns = begin_ns + blocks * self._block * NS_PER_S // SAMPLE_RATE
+            wait_ns = due_ns - now_ns()
+            if wait_ns > 0:
+                time.sleep(wait_ns / NS_PER_S)
+            if self._leave.is_set() or not self._turn(due_ns):
+                return
+            blocks += 1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._leave.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
+
+
+class _PacedInput:
+    """Blocks from an iterator, each delivered when its last sample would have been converted."""
+
+    latency_ms = 0.0
+
+    def __init__(
+        self, detail: str, blocks: Iterator[Samples], on_block: OnBlock, on_end: Callable[[], None]
+    ) -> None:
+        self.detail = detail
+        self._blocks = blocks
+        self._on_block = on_block
+        self._on_end = on_end
+        self._first = True
+        self._pace = _Pace(_PACED_BLOCK, self._turn)
+
+    def _turn(self, due_ns: int) -> bool:
+        if self._first:
+            self._first = False
+            return True  # the first block is complete one block later
+        block = next(self._blocks, None)
+        if block is None:
+            self._on_end()
+            return False
+        self._on_block(block, due_ns - _PACED_BLOCK * NS_PER_S // SAMPLE_RATE, False)
+        return True
+
+    def start(self) -> None:
+        self._pace.start()
+
+    def stop(self) -> None:
+        self._pace.stop()
+
+    def gone(self) -> bool:
+        return False
+
+
+class _PacedOutput:
+    """A sink that asks for each block when its first sample is due, and writes it to a file if there is one."""
+
+    latency_ms = 0.0
+
+    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: soundfile.SoundFile | None) -> None:
+        self.detail = detail
+        self._on_block = on_block
+        self._sink = sink
+        self._samples = silence(block)
+        self._pace = _Pace(block, self._turn)
+
+    def _turn(self, due_ns: int) -> bool:
+        self._on_block(self._samples, due_ns, False)
+        if self._sink is not None:
+            self._sink.write(self._samples)
+        return True
+
+    def start(self) -> None:
+        self._pace.start()
+
+    def stop(self) -> None:
+        self._pace.stop()
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+    def gone(self) -> bool:
+        return False
+
+
+def _open_source(path: Path) -> soundfile.SoundFile:
+    try:
+        source = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        if not path.exists():
+            raise DeviceError(f"input file:{path}: no such file") from None
+        raise DeviceError(f"input file:{path}: not a sound file: {error.error_string}") from None
+    except (OSError, TypeError) as error:
+        raise DeviceError(f"input file:{path}: not a sound file that can be read: {error}") from None
+    if not source.frames:
+        raise DeviceError(f"input file:{path}: holds 0 samples; expected at least 1")
+    return source
+
+
+def _file_blocks(path: Path, resume_at: int) -> Iterator[Samples]:
+    """The file's samples from `resume_at` on, mixed to mono at 24 kHz, in blocks, the last one shorter."""
+    source = _open_source(path)
+    rate = source.samplerate
+
+    def parts() -> Iterator[Samples]:
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality=_RESAMPLER)
+        with source:
+            for part in source.blocks(rate, dtype="float32", always_2d=True):
+                mono = part[:, 0].copy() if part.shape[1] == 1 else part.mean(axis=1, dtype=np.float32)
+                yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
+            if rate != SAMPLE_RATE:
+                yield resampler.resample_chunk(silence(0), last=True)
+
+    def blocks() -> Iterator[Samples]:
+        to_skip = resume_at
+        rest = silence(0)
+        for part in parts():
+            skipped = min(to_skip, len(part))
+            to_skip -= skipped
+            rest = np.concatenate((rest, part[skipped:]))
+            while len(rest) >= _PACED_BLOCK:
+                yield rest[:_PACED_BLOCK]
+                rest = rest[_PACED_BLOCK:]
+        if len(rest):
+            yield rest
+
+    return blocks()
+
+
+def _tone_blocks(name: str, resume_at: int) -> Iterator[Samples]:
+    """A sine wave of `name` Hz, for ever."""
+    try:
+        hz = float(name)
+    except ValueError:
+        hz = 0.0
+    if not 0 < hz < SAMPLE_RATE / 2:
+        raise DeviceError(f"input tone:{name}: expected a frequency between 0 and {SAMPLE_RATE // 2} Hz")
+
+    def blocks() -> Iterator[Samples]:
+        index = np.arange(resume_at, resume_at + _PACED_BLOCK, dtype=np.float64)
+        while True:
+            yield (_TONE_LEVEL * np.sin(2 * np.pi * ((index * hz / SAMPLE_RATE) % 1.0))).astype(np.float32)
+            index += _PACED_BLOCK
+
+    return blocks()
+
+
+def _silent_blocks() -> Iterator[Samples]:
+    block = silence(_PACED_BLOCK)
+    while True:
+        yield block
+
+
+def _open_sink(path: Path, resume: bool) -> soundfile.SoundFile:
+    """Float samples where the format can hold them, so that what is in the file is what was sent."""
+    kind = path.suffix.lstrip(".").upper()
+    if kind not in soundfile.available_formats():
+        known = ", ".join(sorted(soundfile.available_formats())).lower()
+        raise DeviceError(f"output file:{path}: unknown kind of sound file {path.suffix!r}; expected one of {known}")
+    subtype = "FLOAT" if soundfile.check_format(kind, "FLOAT") else soundfile.default_subtype(kind)
+    try:
+        if resume and path.exists():
+            sink = soundfile.SoundFile(path, "r+")
+            sink.seek(0, soundfile.SEEK_END)
+            return sink
+        return soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, subtype, format=kind)
+    except (OSError, soundfile.LibsndfileError) as error:
+        reason = getattr(error, "error_string", None) or str(error)
+        raise DeviceError(f"output file:{path}: cannot be written: {reason}") from None
+
+
+# PortAudio.
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ALSA's and JACK's libraries write to standard error when PortAudio looks for devices."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _portaudio() -> Any:
+    """The module sounddevice. Raises DeviceError where PortAudio is not installed."""
+    try:
+        with _quiet():
+            import sounddevice
+    except OSError as error:
+        install = "brew install portaudio" if sys.platform == "darwin" else "apt-get install libportaudio2"
+        raise DeviceError(f"the PortAudio library is missing ({error}): install it with `{install}`") from None
+    return sounddevice
+
+
+class _Chosen(NamedTuple):
+    device: int
+    name: str
+    rate: int
+
+
+def _choose(sd: Any, name: str, kind: str) -> _Chosen:
+    """The device that `name` (a part of its name, its index, or nothing) means, and the rate to open it at."""
+    spec = f"{kind} device:{name}" if name else f"{kind} device"
+    device = int(name) if name.isdecimal() else name or None
+    try:
+        found = sd.query_devices(device, kind)
+    except (ValueError, sd.PortAudioError) as error:
+        names = [repr(d["name"]) for d in sd.query_devices() if d[f"max_{kind}_channels"]]
+        have = ", ".join(names) or "none"
+        why = "is ambiguous" if "Multiple" in str(error) else "not found" if name else "there is no default"
+        raise DeviceError(f"{spec}: {why}; {kind} devices here: {have}") from None
+    check = sd.check_input_settings if kind == "input" else sd.check_output_settings
+    own = round(found["default_samplerate"])
+    for rate in (SAMPLE_RATE, own):
+        with contextlib.suppress(sd.PortAudioError), _quiet():
+            check(device=found["index"], channels=1, dtype="float32", samplerate=rate)
+            return _Chosen(found["index"], found["name"], rate)
+    raise DeviceError(f"{spec}: {found['name']!r} does neither {SAMPLE_RATE} nor {own} Hz, mono, float32")
+
+
+class _PortAudioStream:
+    """What input and output share: the stream, and that it may stop by itself when its device is lost."""
+
+    def __init__(self, stream: Any, detail: str) -> None:
+        self.detail = detail
+        self.latency_ms = stream.latency * 1_000
+        self._stream = stream
+        self._started = False
+
+    def start(self) -> None:
+        self._stream.start()
+        self._started = True
+
+    def stop(self) -> None:
+        self._started = False
+        if not self._stream.closed:
+            # Not stop(): that waits for buffers, for ever if the sound server is gone.
+            self._stream.abort(ignore_errors=True)
+            self._stream.close(ignore_errors=True)
+
+    def gone(self) -> bool:
+        return self._started and not self._stream.active
+
+
+def _open_stream(sd: Any, make: Any, chosen: _Chosen, kind: str, **options: Any) -> Any:
+    try:
+        with _quiet():
+            return make(
+                device=chosen.device, channels=1, dtype="float32", samplerate=chosen.rate, clip_off=True,
+                dither_off=True, **options,
+            )  # fmt: skip
+    except sd.PortAudioError as error:
+        raise DeviceError(f"{kind} device {chosen.name!r} cannot be opened: {error}") from None
+
+
+class _PortAudioInput(_PortAudioStream):
+    """A microphone. The callback copies, resamples where the device cannot do 24 kHz, and hands on."""
+
+    def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock) -> None:
+        sd = _portaudio()
+        chosen = _choose(sd, name, "input")
+        self._on_block = on_block
+        self._rate = chosen.rate
+        self._resampler = (
+            None
+            if chosen.rate == SAMPLE_RATE
+            else soxr.ResampleStream(chosen.rate, SAMPLE_RATE, 1, dtype="float32", quality=_RESAMPLER)
+        )
+        self._taken = 0
+        self._given = 0
+        self._promoted = False
+        device_block = block * chosen.rate // SAMPLE_RATE
+        self._samples = silence(device_block)
+        stream = _open_stream(
+            sd, sd.InputStream, chosen, "input",
+            blocksize=device_block, latency=latency_ms / 1_000, callback=self._callback,
+        )  # fmt: skip
+        super().__init__(stream, f"{chosen.name} at {chosen.rate} Hz")
+
+    def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
+        if not self._promoted:
+            self._promoted = promote_thread() or True
+        adc_ns = now_ns() - round((at.currentTime - at.inputBufferAdcTime) * NS_PER_S)
+        samples = self._samples[:count]
+        samples[:] = data[:, 0]
+        if self._resampler is not None:
+            # The resampler's output lags behind its input by what it still holds.
+            held_ns = self._taken * NS_PER_S // self._rate - self._given * NS_PER_S // SAMPLE_RATE
+            adc_ns -= held_ns
+            samples = self._resampler.resample_chunk(samples)
+            self._taken += count
+            self._given += len(samples)
+        self._on_block(samples, adc_ns, bool(status.input_overflow))
+
+
+class _PortAudioOutput(_PortAudioStream):
+    """A speaker. The callback asks for as many samples as the device wants, and copies them."""
+
+    def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock) -> None:
+        sd = _portaudio()
+        chosen = _choose(sd, name, "output")
+        self._on_block = on_block
+        self._rate = chosen.rate
+        self._resampler = (
+            None
+            if chosen.rate == SAMPLE_RATE
+            else soxr.ResampleStream(SAMPLE_RATE, chosen.rate, 1, dtype="float32", quality=_RESAMPLER)
+        )
+        self._asked = 0
+        self._delivered = 0
+        self._promoted = False
+        self._samples = silence(block)
+        self._held = silence(0)
+        stream = _open_stream(
+            sd, sd.OutputStream, chosen, "output",
+            blocksize=block * chosen.rate // SAMPLE_RATE, latency=latency_ms / 1_000, callback=self._callback,
+        )  # fmt: skip
+        super().__init__(stream, f"{chosen.name} at {chosen.rate} Hz")
+
+    def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
+        if not self._promoted:
+            self._promoted = promote_thread() or True
+        dac_ns = now_ns() + round((at.outputBufferDacTime - at.currentTime) * NS_PER_S)
+        underflow = bool(status.output_underflow)
+        if self._resampler is None:
+            self._on_block(data[:, 0], dac_ns, underflow)
+            return
+        while len(self._held) < count:
+            # What was asked for and not delivered yet sounds before this block does.
+            ahead_ns = self._asked * NS_PER_S // SAMPLE_RATE - self._delivered * NS_PER_S // self._rate
+            self._on_block(self._samples, dac_ns + ahead_ns, underflow)
+            underflow = False
+            self._asked += len(self._samples)
+            self._held = np.concatenate((self._held, self._resampler.resample_chunk(self._samples)))
+        data[:, 0] = self._held[:count]
+        np.clip(data, -FULL_SCALE, FULL_SCALE, out=data)
+        self._held = self._held[count:]
+        self._delivered += count
+
+
+def describe() -> dict[str, Any]:
+    """Every PortAudio device: index, name, host API, channels, own rate and latencies. Raises DeviceError."""
+    sd = _portaudio()
+    apis = sd.query_hostapis()
+    inputs, outputs = sd.default.device
+    return {
+        "portaudio": sd.get_portaudio_version()[1],
+        "devices": [
+            {
+                "index": device["index"],
+                "name": device["name"],
+                "api": apis[device["hostapi"]]["name"],
+                "inputs": device["max_input_channels"],
+                "outputs": device["max_output_channels"],
+                "rate": device["default_samplerate"],
+                "input_latency_ms": device["default_low_input_latency"] * 1_000,
+                "output_latency_ms": device["default_low_output_latency"] * 1_000,
+                "default_input": device["index"] == inputs,
+                "default_output": device["index"] == outputs,
+            }
+            for device in sd.query_devices()
+        ],
+    }
+
+
+def main() -> None:
+    """Print the devices as JSON, for programs that may not load PortAudio themselves."""
+    argparse.ArgumentParser(prog="python -m procs.devices", description=main.__doc__).parse_args()
+    try:
+        print(json.dumps(describe()))
+    except DeviceError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The playback stage: the playback ring to the speaker, gaps concealed, and a record of all that was sent."""
+
+import time
+
+import numpy as np
+
+from pipeline import config as settings
+from pipeline import worker
+from pipeline.audio import FADE, Samples, falling, rising
+from pipeline.control import HasFileno
+from pipeline.errors import DeviceError
+from pipeline.messages import AnyCommand, Finished, TimingRecord, XrunRecord
+from pipeline.ring import Consumer, Ring, RingWriter
+from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
+from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
+from pipeline.worker import Context, Opened
+from procs import devices
+
+_FADE_OUT_S = 0.2
+
+
+class Player:
+    """Turns frames that come when they come into blocks that are due when they are due.
+
+    While frames are in time it copies. When none is there it fades out, on the last samples played backwards, and
+    goes on with silence; the next frame fades in. `heard` gets every block as it is sent, concealment included.
+    `fill` allocates nothing that lasts, takes no lock and never waits.
+    """
+
+    def __init__(self, playback: Ring, heard: Ring, prebuffer_ns: int, queue_frames: int) -> None:
+        self._ring = playback
+        self._source = Consumer(playback)
+        self._heard = RingWriter(heard)
+        self._reconcile(heard)
+        self.prebuffer_ns = prebuffer_ns
+        """How long a frame waits, after silence, before its first sample is sent."""
+        self._queue = queue_frames * FRAME
+        self._playing = False
+        self._after_gap = False
+        self._leaving = False
+        self._rise = rising()
+        self._fall = falling()
+        self._recent = devices.silence(FADE + 1)
+        self._fading = devices.silence(FADE)
+        self._faded = FADE
+        self._risen = FADE
+        self.last_sound_ns = 0
+        """When the last sample of the model's that was sent so far reaches the speaker."""
+
+    def _reconcile(self, heard: Ring) -> None:
+        # A predecessor that was killed between two counts had sent what it had not yet counted as played.
+        sent, played = heard.ledger(), self._ring.ledger().consumed
+        self._heard.count("concealed", sent.written - played - sent.concealed)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream has ended and all of it was sent."""
+        return self._source.ended
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but zeros is being sent."""
+        return not self._playing and self._faded == FADE
+
+    def leave(self) -> None:
+        """Fade out and take no more frames."""
+        self._leaving = True
+
+    def fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
+        """Fill one block, shape (n,), whose first sample the device converts at `dac_ns`."""
+        heard = self._heard
+        heard.begin()
+        heard.anchor(heard.position, dac_ns)
+        if xrun:
+            heard.count("xruns")
+        played = self._play(out, dac_ns)
+        self._remember(out[:played])
+        if played < len(out):
+            if self._playing:
+                self._begin_gap()
+            self._conceal(out[played:])
+            self._remember(out[played:])
+        heard.write(out)
+        self._source.consume(played)
+        heard.count("concealed", len(out) - played)
+        heard.commit()
+
+    def _play(self, out: Samples, dac_ns: int) -> int:
+        """Copy what there is to play into the start of `out`; returns how much that was."""
+        if self._leaving or not (self._playing or self._may_begin()):
+            return 0
+        source, filled, count = self._source, 0, len(out)
+        while filled < count:
+            into = source.position % FRAME
+            if into == 0 and source.available >= FRAME:
+                self._begin_frame(filled, dac_ns)
+            part = out[filled : filled + FRAME - into]
+            got = source.read(part)
+            if got == 0:
+                break
+            self._blend(part[:got])
+            filled += got
+        if filled:
+            self.last_sound_ns = dac_ns + filled * NS_PER_S // SAMPLE_RATE
+        return filled
+
+    def _may_begin(self) -> bool:
+        """After silence: whether a frame is there that has waited for as long as the next ones may be late."""
+        source = self._source
+        if source.available < FRAME:
+            return False
+        oldest = self._ring.mark(source.position // FRAME)
+        if oldest is not None and now_ns() - oldest.end_ns < self.prebuffer_ns and source.available < 2 * FRAME:
+            return False
+        self._playing = True
+        if self._after_gap:
+            self._risen = 0
+        return True
+
+    def _begin_frame(self, filled: int, dac_ns: int) -> None:
+        source = self._source
+        if source.available > self._queue:
+            self._skip()
+        mark = self._ring.mark(source.position // FRAME)
+        if mark is not None:
+            self._heard.mark(
+                position=self._heard.position + filled,
+                frame=mark.frame,
+                captured_ns=mark.captured_ns,
+                start_ns=dac_ns + filled * NS_PER_S // SAMPLE_RATE,
+                end_ns=mark.end_ns,
+            )
+
+    def _skip(self) -> None:
+        """Pass over all frames but the newest, fading from the first of them into it."""
+        source = self._source
+        surplus = source.available // FRAME - 1
+        self._faded = FADE - source.read(self._fading)
+        source.drop(FADE - self._faded)
+        self._fading *= self._fall
+        self._risen = 0
+        source.skip(surplus * FRAME - (FADE - self._faded))
+
+    def _begin_gap(self) -> None:
+        if not self._leaving and not self._source.ended:
+            self._heard.count("gaps")
+            # What was late once will be again: wait longer next time, a frame at most.
+            self.prebuffer_ns = min(FRAME_NS, max(NS_PER_MS, 2 * self.prebuffer_ns))
+        self._playing = False
+        self._after_gap = True
+        # Backwards from the last sample but one: no step is larger than one that was just played.
+        np.multiply(self._recent[-2::-1], self._fall, out=self._fading)
+        self._faded = 0
+
+    def _blend(self, part: Samples) -> None:
+        """Fade `part` in, over what is left of a fade out, if a gap or a skip came before it."""
+        if self._risen < FADE:
+            count = min(len(part), FADE - self._risen)
+            part[:count] *= self._rise[self._risen : self._risen + count]
+            self._risen += count
+        self._add_fade(part)
+
+    def _conceal(self, part: Samples) -> None:
+        part.fill(0)
+        self._add_fade(part)
+
+    def _add_fade(self, part: Samples) -> None:
+        if self._faded < FADE:
+            count = min(len(part), FADE - self._faded)
+            part[:count] += self._fading[self._faded : self._faded + count]
+            self._faded += count
+
+    def _remember(self, out: Samples) -> None:
+        """Keep the last samples sent, to fade out on."""
+        recent, count = self._recent, min(len(out), len(self._recent))
+        if count:
+            recent[:-count] = recent[count:]
+            recent[-count:] = out[len(out) - count :]
+
+
+class Playback:
+    """Owns the output device. `Player.fill` runs in the device's thread, everything else in the main one."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._playback = context.rings["playback"]
+        self._heard = context.rings["heard"]
+        config = context.config
+        self._player = Player(
+            self._playback,
+            self._heard,
+            prebuffer_ns=round(settings.prebuffer_ms(config) * NS_PER_MS),
+            queue_frames=config.playback.queue_frames,
+        )
+        self._device: devices.Output = devices.Unopened()
+        self._running = False
+        self._finished = False
+        self._next_mark = self._heard.mark_count
+        ledger = self._heard.ledger()
+        self._xruns, self._gaps = ledger.xruns, ledger.gaps
+
+    def open(self) -> Opened:
+        config = self._context.config.playback
+        self._device = devices.open_output(
+            config.output,
+            block=worker.samples_of(config.block_ms),
+            latency_ms=config.latency_ms,
+            resume=self._heard.generation > 1,
+            on_block=self._player.fill,
+        )
+        return Opened(self._device.detail, self._device.latency_ms)
+
+    def start(self) -> None:
+        self._device.start()
+        self._running = True
+
+    def wakes(self) -> HasFileno | None:
+        return None
+
+    def work(self) -> bool:
+        """Report the frames sent since the last look, and the end."""
+        if self._device.gone():
+            raise DeviceError(f"output device {self._device.detail} has stopped")
+        report, now = self._context.report, now_ns()
+        queued = self._playback.ledger().waiting // FRAME
+        while (mark := self._heard.mark(self._next_mark)) is not None:
+            self._next_mark += 1
+            report(
+                TimingRecord(
+                    stage="playback",
+                    frame=mark.frame,
+                    start_ns=mark.end_ns,
+                    end_ns=mark.start_ns,
+                    queued=queued,
+                    mic_to_speaker_ms=(mark.start_ns - mark.captured_ns) / NS_PER_MS,
+                )
+            )
+        self._next_mark = max(self._next_mark, self._heard.mark_count - self._heard.mark_capacity + 1)
+        ledger = self._heard.ledger()
+        if ledger.xruns != self._xruns:
+            report(XrunRecord(stage="playback", kind="xrun", count=ledger.xruns - self._xruns, time_ns=now))
+        if ledger.gaps != self._gaps:
+            report(XrunRecord(stage="playback", kind="gap", count=ledger.gaps - self._gaps, time_ns=now))
+        self._xruns, self._gaps = ledger.xruns, ledger.gaps
+        if self._player.ended and not self._finished and now > self._player.last_sound_ns:
+            self._finished = True
+            report(Finished(stage="playback"))
+        return False
+
+    def finish(self) -> None:
+        """Only capture ends a stream; the end reaches this stage through the ring."""
+
+    def apply(self, command: AnyCommand) -> int:
+        """No command is carried out here."""
+        return self._heard.position // FRAME
+
+    def stop(self) -> None:
+        """Fade out, then let go of the device."""
+        if self._running and not self._device.gone():
+            self._player.leave()
+            until = time.monotonic() + _FADE_OUT_S
+            while not self._player.silent and time.monotonic() < until:
+                time.sleep(0.005)
+            time.sleep(self._device.latency_ms / 1_000)
+        self._device.stop()
+
+
+if __name__ == "__main__":
+    worker.main("playback", Playback)
