@@ -60,7 +60,7 @@ class StageStatus(Struct, kw_only=True):
     detail: str = ""
     """The device, file or model it works with."""
     device_latency_ms: float = 0.0
-    """What the audio device reports as its own latency."""
+    """What the audio device reports as its own latency, from or to its converter."""
     memory_mb: float = 0.0
     cpu_s: float = 0.0
     """Processor time used since the stage's start."""
@@ -241,9 +241,11 @@ class Finished(_Record, tag="finished", kw_only=True):
 
 
 class Heartbeat(_Record, tag="heartbeat", kw_only=True):
-    """The stage lives."""
+    """The stage lives. Every second."""
 
     stage: StageName
+    device_latency_ms: float = 0.0
+    """As the device reports it now."""
 
 
 Report = StageRecord | TimingRecord | TextRecord | XrunRecord | LogRecord | Acknowledged | Finished | Heartbeat

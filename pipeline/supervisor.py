@@ -28,6 +28,7 @@ from pipeline.messages import (
     Apply,
     Finish,
     Finished,
+    Heartbeat,
     LogLevel,
     LogRecord,
     Reply,
@@ -376,6 +377,8 @@ class Supervisor:
                         waiting.address,
                         Reply(ok=True, verb=waiting.verb, stage=waiting.stage, frame=report.frame),
                     )
+                case Heartbeat(stage=name, device_latency_ms=latency_ms):
+                    self._stages[name].device_latency_ms = latency_ms
                 case Finished(stage=name):
                     self._stage_finished(name)
 

@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from pipeline import config as settings
 from pipeline.bell import Bell
@@ -46,13 +46,6 @@ EXIT_FATAL: Final = 2
 """Exit code of a stage that cannot work with the settings, device or model it was given: not to be restarted."""
 
 _HEARTBEAT_S: Final = 1.0
-
-
-class Opened(NamedTuple):
-    """What a stage found when it opened what it works with."""
-
-    detail: str
-    device_latency_ms: float = 0.0
 
 
 class Context:
@@ -85,8 +78,8 @@ class Context:
 class Stage(Protocol):
     """One duty: opened once, then started, worked and stopped by the loop below."""
 
-    def open(self) -> Opened:
-        """Take the device, or load the model. Raises PipelineError."""
+    def open(self) -> str:
+        """Take the device, or load the model; returns a name for it. Raises PipelineError."""
 
     def start(self) -> None:
         """Begin to move samples."""
@@ -102,6 +95,9 @@ class Stage(Protocol):
 
     def stop(self) -> None:
         """Let go of everything. Called once, also when `open` failed."""
+
+    def device_latency_ms(self) -> float:
+        """What the device reports as its own latency."""
 
     def wakes(self) -> HasFileno | None:
         """What is readable when there may be work before a frame's time has passed."""
@@ -123,7 +119,7 @@ class _Worker:
         self._leaving = False
         self._opening = True
         self._running = False
-        self._opened = Opened("")
+        self._detail = ""
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
 
@@ -135,7 +131,7 @@ class _Worker:
         code = 0
         try:
             self._say("starting")
-            self._opened = self._stage.open()
+            self._detail = self._stage.open()
             self._opening = False
             # What was made so far lives as long as the process: not to be looked at again by a collection,
             # and there is nothing in the loop that makes cycles.
@@ -149,7 +145,7 @@ class _Worker:
         except _Leave:
             pass
         except PipelineError as error:
-            self._opened = Opened(str(error))
+            self._detail = str(error)
             self._say("fatal")
             code = EXIT_FATAL
         except Exception as error:
@@ -169,18 +165,17 @@ class _Worker:
             raise _Leave
 
     def _say(self, state: StageState) -> None:
-        opened = self._opened
         self._context.report(
             StageRecord(
                 stage=self._name,
                 state=state,
-                detail=opened.detail,
-                device_latency_ms=opened.device_latency_ms,
+                detail=self._detail,
+                device_latency_ms=self._stage.device_latency_ms(),
                 time_ns=now_ns(),
             )
         )
         if self._alive is None:
-            print(f"{self._name}: {state}{': ' if opened.detail else ''}{opened.detail}", file=sys.stderr)
+            print(f"{self._name}: {state}{': ' if self._detail else ''}{self._detail}", file=sys.stderr)
 
     def _start(self) -> None:
         self._stage.start()
@@ -214,7 +209,7 @@ class _Worker:
             now = now_ns()
             if now - heartbeat_ns >= _HEARTBEAT_S * 1e9:
                 heartbeat_ns = now
-                link.report(Heartbeat(stage=self._name))
+                link.report(Heartbeat(stage=self._name, device_latency_ms=self._stage.device_latency_ms()))
 
 
 class _Descriptor:

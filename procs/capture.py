@@ -8,7 +8,7 @@ from pipeline.messages import AnyCommand, Finished, Mute, TimingRecord, Unmute, 
 from pipeline.ring import RingReader, RingWriter, Samples
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, SAMPLE_RATE
-from pipeline.worker import Context, Opened
+from pipeline.worker import Context
 from procs import devices
 
 
@@ -29,7 +29,7 @@ class Capture:
         self._next_mark = self._ring.mark_count
         self._xruns = self._ring.ledger().xruns
 
-    def open(self) -> Opened:
+    def open(self) -> str:
         config = self._context.config.capture
         self._device = devices.open_input(
             config.input,
@@ -39,10 +39,13 @@ class Capture:
             on_block=self.on_block,
             on_end=self._on_end,
         )
-        return Opened(self._device.detail, self._device.latency_ms)
+        return self._device.detail
 
     def start(self) -> None:
         self._device.start()
+
+    def device_latency_ms(self) -> float:
+        return self._device.latency_ms
 
     def wakes(self) -> HasFileno | None:
         return None

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -24,7 +25,7 @@ import soxr
 
 from pipeline.audio import FULL_SCALE, Samples
 from pipeline.errors import DeviceError
-from pipeline.timing import NS_PER_S, now_ns, promote_thread
+from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread
 from pipeline.topology import SAMPLE_RATE
 
 OnBlock = Callable[[Samples, int, bool], None]
@@ -39,13 +40,18 @@ _TONE_LEVEL: Final = 0.25
 _RESAMPLER: Final = "HQ"
 _JOIN_S: Final = 2.0
 
+_CALLBACKS: Final = 25
+"""Whose median dates a block."""
+
 
 class Input(Protocol):
     """A source of samples, open from its construction, running from `start` to `stop`."""
 
     detail: str
-    latency_ms: float
-    """From the converter to the callback, as the device reports it."""
+
+    @property
+    def latency_ms(self) -> float:
+        """From the converter to the callback, beyond the block itself, as the device reports it."""
 
     def start(self) -> None: ...
 
@@ -59,8 +65,10 @@ class Output(Protocol):
     """A sink of samples, open from its construction, running from `start` to `stop`."""
 
     detail: str
-    latency_ms: float
-    """From the callback to the converter, as the device reports it."""
+
+    @property
+    def latency_ms(self) -> float:
+        """From the callback to the converter, as the device reports it."""
 
     def start(self) -> None: ...
 
@@ -314,6 +322,40 @@ def _open_sink(path: Path, resume: bool) -> soundfile.SoundFile:
 # PortAudio.
 
 
+class _Dating:
+    """Dates a stream's samples. The median of the last callbacks' dates takes out how late each callback was.
+
+    A callback that comes late by 4 ms dates its block 4 ms wrong; with the median, half a millisecond is left
+    (docs/latency.md). The first callbacks, before the device runs, are forgotten after as many.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._position = 0
+        self._origins: deque[int] = deque(maxlen=_CALLBACKS)
+        self._distances: deque[int] = deque(maxlen=_CALLBACKS)
+
+    def date(self, count: int, distance_ns: int) -> int:
+        """When the first sample of the next block, of `count` samples, is converted.
+
+        `distance_ns` is how far from now that is by this callback's own account, negative where it was before.
+        """
+        elapsed_ns = self._position * NS_PER_S // self._rate
+        self._position += count
+        self._origins.append(now_ns() + distance_ns - elapsed_ns)
+        self._distances.append(distance_ns)
+        return _median(self._origins) + elapsed_ns
+
+    @property
+    def distance_ms(self) -> float | None:
+        """How far from its callback a block's first sample is converted; None before the first callback."""
+        return _median(self._distances) / NS_PER_MS if self._distances else None
+
+
+def _median(values: deque[int]) -> int:
+    return sorted(values)[len(values) // 2]
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """ALSA's and JACK's libraries write to standard error when PortAudio looks for devices."""
@@ -371,7 +413,6 @@ class _PortAudioStream:
 
     def __init__(self, stream: Any, detail: str) -> None:
         self.detail = detail
-        self.latency_ms = stream.latency * 1_000
         self._stream = stream
         self._started = False
 
@@ -409,6 +450,7 @@ class _PortAudioInput(_PortAudioStream):
         chosen = _choose(sd, name, "input")
         self._on_block = on_block
         self._rate = chosen.rate
+        self._dating = _Dating(chosen.rate)
         self._resampler = (
             None
             if chosen.rate == SAMPLE_RATE
@@ -425,10 +467,18 @@ class _PortAudioInput(_PortAudioStream):
         )  # fmt: skip
         super().__init__(stream, f"{chosen.name} at {chosen.rate} Hz")
 
+    @property
+    def latency_ms(self) -> float:
+        distance_ms = self._dating.distance_ms
+        if distance_ms is None:
+            return float(self._stream.latency) * 1_000
+        return max(0.0, -distance_ms - len(self._samples) * 1_000 / self._rate)
+
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
         if not self._promoted:
             self._promoted = promote_thread() or True
-        adc_ns = now_ns() - round((at.currentTime - at.inputBufferAdcTime) * NS_PER_S)
+        # Differences of two of a callback's own times: which clock PortAudio keeps depends on version and system.
+        adc_ns = self._dating.date(count, round((at.inputBufferAdcTime - at.currentTime) * NS_PER_S))
         samples = self._samples[:count]
         samples[:] = data[:, 0]
         if self._resampler is not None:
@@ -449,6 +499,7 @@ class _PortAudioOutput(_PortAudioStream):
         chosen = _choose(sd, name, "output")
         self._on_block = on_block
         self._rate = chosen.rate
+        self._dating = _Dating(chosen.rate)
         self._resampler = (
             None
             if chosen.rate == SAMPLE_RATE
@@ -465,10 +516,15 @@ class _PortAudioOutput(_PortAudioStream):
         )  # fmt: skip
         super().__init__(stream, f"{chosen.name} at {chosen.rate} Hz")
 
+    @property
+    def latency_ms(self) -> float:
+        distance_ms = self._dating.distance_ms
+        return float(self._stream.latency) * 1_000 if distance_ms is None else max(0.0, distance_ms)
+
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
         if not self._promoted:
             self._promoted = promote_thread() or True
-        dac_ns = now_ns() + round((at.outputBufferDacTime - at.currentTime) * NS_PER_S)
+        dac_ns = self._dating.date(count, round((at.outputBufferDacTime - at.currentTime) * NS_PER_S))
         underflow = bool(status.output_underflow)
         if self._resampler is None:
             self._on_block(data[:, 0], dac_ns, underflow)

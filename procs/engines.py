@@ -20,6 +20,8 @@ class Step:
     encode_ms: float = 0.0
     step_ms: float = 0.0
     decode_ms: float = 0.0
+    new_conversation: bool = False
+    """The engine began anew with this frame, by itself: its memory was full, or no longer held numbers."""
 
 
 class Engine(Protocol):

@@ -9,7 +9,7 @@ from pipeline.messages import AnyCommand, Finished, Reset, TextRecord, TimingRec
 from pipeline.ring import Consumer, RingWriter
 from pipeline.timing import now_ns
 from pipeline.topology import FRAME
-from pipeline.worker import Context, Opened
+from pipeline.worker import Context
 from procs.engines import Echo, Engine
 
 
@@ -26,7 +26,7 @@ class Inference:
         self._engine: Engine = Echo()
         self._ended = False
 
-    def open(self) -> Opened:
+    def open(self) -> str:
         config = self._context.config
         if config.engine == "echo":
             detail = "echo"
@@ -46,10 +46,13 @@ class Inference:
             )
             detail = f"{checkpoint.model_file.parent} {checkpoint.quality}"
         self._engine.load()
-        return Opened(detail)
+        return detail
 
     def start(self) -> None:
         """Nothing to start: frames arrive by themselves."""
+
+    def device_latency_ms(self) -> float:
+        return 0.0  # no device is opened here
 
     def wakes(self) -> HasFileno | None:
         return self._bell

@@ -13,10 +13,16 @@ from pipeline.messages import AnyCommand, Finished, TimingRecord, XrunRecord
 from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
-from pipeline.worker import Context, Opened
+from pipeline.worker import Context
 from procs import devices
 
 _FADE_OUT_S = 0.2
+
+_WAITS = 12
+"""Frames, about a second, after which it is looked whether all of them waited for longer than they have to."""
+
+_SLACK_NS = 10 * NS_PER_MS
+"""What a frame may wait beyond the prebuffer: the time to the next block, and what is not worth a cut."""
 
 
 class Player:
@@ -44,6 +50,8 @@ class Player:
         self._fading = devices.silence(FADE)
         self._faded = FADE
         self._risen = FADE
+        self._waits = 0
+        self._least_wait_ns = FRAME_NS
         self.last_sound_ns = 0
         """When the last sample of the model's that was sent so far reaches the speaker."""
 
@@ -91,10 +99,9 @@ class Player:
             return 0
         source, filled, count = self._source, 0, len(out)
         while filled < count:
-            into = source.position % FRAME
-            if into == 0 and source.available >= FRAME:
+            if source.position % FRAME == 0 and source.available >= FRAME:
                 self._begin_frame(filled, dac_ns)
-            part = out[filled : filled + FRAME - into]
+            part = out[filled : filled + FRAME - source.position % FRAME]
             got = source.read(part)
             if got == 0:
                 break
@@ -120,26 +127,43 @@ class Player:
     def _begin_frame(self, filled: int, dac_ns: int) -> None:
         source = self._source
         if source.available > self._queue:
-            self._skip()
+            self._skip((source.available // FRAME - 1) * FRAME)
         mark = self._ring.mark(source.position // FRAME)
-        if mark is not None:
-            self._heard.mark(
-                position=self._heard.position + filled,
-                frame=mark.frame,
-                captured_ns=mark.captured_ns,
-                start_ns=dac_ns + filled * NS_PER_S // SAMPLE_RATE,
-                end_ns=mark.end_ns,
-            )
+        if mark is None:
+            return
+        surplus = self._surplus(now_ns() - mark.end_ns)
+        if surplus > FADE:
+            self._skip(surplus)
+        into_ns = source.position % FRAME * NS_PER_S // SAMPLE_RATE
+        self._heard.mark(
+            position=self._heard.position + filled,
+            frame=mark.frame,
+            captured_ns=mark.captured_ns + into_ns,
+            start_ns=dac_ns + filled * NS_PER_S // SAMPLE_RATE,
+            end_ns=mark.end_ns,
+        )
 
-    def _skip(self) -> None:
-        """Pass over all frames but the newest, fading from the first of them into it."""
+    def _surplus(self, waited_ns: int) -> int:
+        """After a gap every frame waits for as long as the gap was. Samples by which all of the last second's did.
+
+        Without a gap before it there is none, whatever the figures say: nothing is cut from a healthy stream.
+        """
+        self._least_wait_ns = min(self._least_wait_ns, waited_ns)
+        self._waits += 1
+        if self._waits < _WAITS:
+            return 0
+        surplus_ns = self._least_wait_ns - self.prebuffer_ns - _SLACK_NS
+        self._waits, self._least_wait_ns = 0, FRAME_NS
+        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if self._after_gap else 0
+
+    def _skip(self, count: int) -> None:
+        """Pass over `count` samples, at least FADE, fading from the first of them into what follows."""
         source = self._source
-        surplus = source.available // FRAME - 1
-        self._faded = FADE - source.read(self._fading)
-        source.drop(FADE - self._faded)
+        faded = source.read(self._fading)
+        source.drop(faded)
+        source.skip(count - faded)
         self._fading *= self._fall
-        self._risen = 0
-        source.skip(surplus * FRAME - (FADE - self._faded))
+        self._faded = self._risen = 0
 
     def _begin_gap(self) -> None:
         if not self._leaving and not self._source.ended:
@@ -199,7 +223,7 @@ class Playback:
         ledger = self._heard.ledger()
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
 
-    def open(self) -> Opened:
+    def open(self) -> str:
         config = self._context.config.playback
         self._device = devices.open_output(
             config.output,
@@ -208,11 +232,14 @@ class Playback:
             resume=self._heard.generation > 1,
             on_block=self._player.fill,
         )
-        return Opened(self._device.detail, self._device.latency_ms)
+        return self._device.detail
 
     def start(self) -> None:
         self._device.start()
         self._running = True
+
+    def device_latency_ms(self) -> float:
+        return self._device.latency_ms
 
     def wakes(self) -> HasFileno | None:
         return None

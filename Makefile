@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first of these that is 3.11 or 3.12: moshi_mlx 0.3.0 cannot be installed on another.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+ARGS ?=
+
+.PHONY: install demo up test lint system clean
+
+install: $(BIN)/pipeline
+
+$(BIN)/pipeline: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and not found: install it, or name it: make PYTHON=..."; exit 1; }
+	@echo "Installing into $(VENV) (a minute or two, 300 MB)"
+	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/dev: $(BIN)/pipeline
+	@echo "Installing what the tests need"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	@touch $@
+
+demo: install
+	@sh tests/system-packages g++
+	@mkdir -p demo
+	@test -f demo/model/config.json || $(BIN)/pipeline models synth demo/model --quality q4 --size tiny
+	@echo "A recording of 16 s goes through capture, a tiny Moshi with random weights, and playback, in real time:"
+	@$(BIN)/pipeline up --name demo --model demo/model --input file:pipeline/assets/speech.flac --output file:demo/answer.wav
+	@echo
+	@echo "The answer is in demo/answer.wav. Random weights talk noise: this shows that everything runs, not how Moshi speaks."
+	@echo "The real model on a Mac (4.8 GB to download, then speak into the microphone):"
+	@echo
+	@echo "    $(BIN)/pipeline models pull kyutai/moshiko-mlx-q4 && $(BIN)/pipeline up"
+
+up: install
+	@$(BIN)/pipeline up $(ARGS)
+
+# A C++ compiler for mlx on the CPU and a sound server, where Debian's packages can be installed.
+system:
+	@sh tests/system-packages
+
+test: $(VENV)/dev system
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
