@@ -14,10 +14,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__, checkpoints, doctor, messages, report
+from pipeline import __version__, checkpoints, doctor, hub, messages, report
 from pipeline import config as settings
 from pipeline.client import Client
-from pipeline.errors import ControlError, PipelineError
+from pipeline.errors import CheckpointError, ControlError, PipelineError
 from pipeline.messages import LogLevel
 from pipeline.runtime import RunFolder
 from pipeline.supervisor import Supervisor
@@ -257,6 +257,40 @@ def synth(folder: Path, quality: str, size: str, seed: int) -> int:
     checkpoints.synthesize(folder, quality, size, seed=seed)
     total = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"{folder}: {size}, {quality}, {total / 1e6:.1f} MB of random weights")
+    return 0
+
+
+@models.command()
+@click.argument("repo", required=False)
+@click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), help="By default what REPO's name says.")
+def pull(repo: str | None, quality: str | None) -> int:
+    """Download a checkpoint from the model hub; by default the official one of the quality."""
+    chosen = quality or next((name for name in checkpoints.QUALITIES if repo and repo.endswith(name)), "q4")
+    official = checkpoints.QUALITIES[chosen]
+    err.print(f"{repo or official.repo}, {chosen}: about {official.download_bytes / 1e9:.1f} GB to download")
+    folder = hub.pull(repo or official.repo, chosen)
+    checkpoints.find(repo or official.repo, chosen)
+    click.echo(f"{folder}: complete")
+    return 0
+
+
+@models.command(name="list")
+@_json
+def list_(as_json: bool) -> int:
+    """The official checkpoints, and which of them are on this machine."""
+    rows: list[dict[str, Any]] = []
+    for name, quality in checkpoints.QUALITIES.items():
+        try:
+            folder = str(checkpoints.find(None, name).folder)
+        except CheckpointError:
+            folder = ""
+        rows.append({"quality": name, "repo": quality.repo, "bytes": quality.download_bytes, "folder": folder})
+    if as_json:
+        _print_json(rows)
+        return 0
+    for row in rows:
+        place = row["folder"] or f"not downloaded: `pipeline models pull {row['repo']}`"
+        click.echo(f"{row['quality']:5} {row['repo']:28} {row['bytes'] / 1e9:5.1f} GB  {place}")
     return 0
 
 

@@ -88,9 +88,7 @@ def _packages(config: Config, name: str) -> Finding:
 
 def _mlx(config: Config, name: str) -> Finding:
     code = "import mlx.core as mx; print(mx.default_device())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=_PROBE_S, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_PROBE_S, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         advice = "Install it with `pip install 'mlx[cpu]'`" if sys.platform == "linux" else "`pip install mlx`"
@@ -170,7 +168,8 @@ def _folder(config: Config, name: str) -> Finding:
     dead = [other for other in runtime.names() if not RunFolder(other).is_locked()]
     if dead:
         advice = f"Clear them with `pipeline down --name {dead[0]}`"
-        return Finding(what="runtime folder", state="note", found=f"{base}; dead runs: {', '.join(dead)}", advice=advice)
+        found = f"{base}; dead runs: {', '.join(dead)}"
+        return Finding(what="runtime folder", state="note", found=found, advice=advice)
     return Finding(what="runtime folder", state="ok", found=str(base))
 
 

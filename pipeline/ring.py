@@ -295,9 +295,7 @@ class Ring:
         dropped, consumed = words[_DROPPED_AT], words[_CONSUMED_AT]
         membar.rmb()
         concealed, gaps, xruns, cleaned = words[_COUNTERS_AT : _COUNTERS_AT + len(COUNTERS)]
-        return Ledger(
-            words[_POSITION_AT], consumed, dropped, concealed, gaps, xruns, cleaned, words[_GENERATION_AT]
-        )
+        return Ledger(words[_POSITION_AT], consumed, dropped, concealed, gaps, xruns, cleaned, words[_GENERATION_AT])
 
     def steadily(self, reading: Callable[[], T]) -> T:
         """Call `reading` until no change of this ring's writer (RingWriter.begin) fell into it, and return its result.

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import warnings
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,12 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 def base() -> Path:
     """The folder of all runs: $PIPELINE_RUNTIME_DIR, or `pipeline` in the platform's runtime folder."""
     given = os.environ.get("PIPELINE_RUNTIME_DIR")
-    return Path(given) if given else Path(platformdirs.user_runtime_dir("pipeline", appauthor=False))
+    if given:
+        return Path(given)
+    with warnings.catch_warnings():
+        # Without XDG_RUNTIME_DIR it takes a folder in /tmp; `make` sees to it that it is nobody else's.
+        warnings.simplefilter("ignore")
+        return Path(platformdirs.user_runtime_dir("pipeline", appauthor=False))
 
 
 def names() -> list[str]:
@@ -58,8 +64,14 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder, for this user alone. Raises ConfigError where it belongs to someone else."""
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.path.stat()
+            parent = self.path.parent
+            parent.parent.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(mode=0o700, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            above, found = parent.stat(), self.path.stat()
+            # Whoever may rename what is in a folder may put another in its place; in /tmp only its owner may.
+            if above.st_uid not in (os.getuid(), 0) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
+                raise ConfigError(f"runtime folder {parent} is another user's to write: set PIPELINE_RUNTIME_DIR")
             if found.st_uid != os.getuid():
                 raise ConfigError(f"runtime folder {self.path} belongs to user {found.st_uid}, not to you")
             if stat.S_IMODE(found.st_mode) != 0o700:

@@ -54,7 +54,7 @@ STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
 
 DRAIN_S: Final = 5.0
-"""How long after the end of the input the last frames may take to be answered and played."""
+"""How long after the end of the input it may be until the next frame is answered or played."""
 
 ANSWER_S: Final = 2.0
 """How long a stage may take to acknowledge a command."""
@@ -214,9 +214,13 @@ class Supervisor:
 
     def _end_orphans(self) -> None:
         """Stages of a supervisor that was killed leave by themselves; one that is stuck is killed."""
-        orphans = [p for p in psutil.process_iter(["cmdline"]) if _is_stage_of(p.info["cmdline"] or [], self._folder.name)]
-        # Of another user, or of the same name in another folder: not ours.
-        ours = [p for p in orphans if _runtime_dir(p) == str(self._folder.path.parent)]
+        ours = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if _is_stage_of(process.info["cmdline"] or [], self._folder.name)
+            # A run of the same name may be up in another folder, or be another user's.
+            and _runtime_dir(process) == str(self._folder.path.parent)
+        ]
         _, stuck = psutil.wait_procs(ours, timeout=_ORPHANS_S)
         for process in stuck:
             process.kill()
@@ -327,7 +331,7 @@ class Supervisor:
             self._stop_at_ns = None
             self.hub.order("capture", Finish())
         if self._drained_by_ns is not None and now >= self._drained_by_ns:
-            self._end(f"the last frames were not answered and played within {DRAIN_S:g} s of the input's end")
+            self._end(f"the input has ended, but for {DRAIN_S:g} s no frame of it was answered or played")
 
     def _see_deaths(self) -> None:
         for stage in self._stages.values():
@@ -387,6 +391,7 @@ class Supervisor:
         if record.stage == "capture":
             duration_ms -= FRAME_MS
         self._stages[record.stage].durations.add_ms(duration_ms)
+        self._keep_draining()
         if record.stage == "playback":
             self._mic_to_speaker.add_ms(record.mic_to_speaker_ms)
 
@@ -414,6 +419,10 @@ class Supervisor:
         if name == "playback":
             self._end()
         elif name == "capture":
+            self._keep_draining()
+
+    def _keep_draining(self) -> None:
+        if self._stages["capture"].finished:
             self._drained_by_ns = self._clock() + round(DRAIN_S * NS_PER_S)
 
     def _set_state(self, stage: _StageProcess, state: StageState) -> None:
@@ -435,7 +444,7 @@ class Supervisor:
                 command = messages.decode_command(data)
             except msgspec.MsgspecError as error:
                 known = ", ".join(messages.VERBS)
-                text = f"not a command: {error}; expected JSON such as {{\"verb\": \"status\"}}, with one of {known}"
+                text = f'not a command: {error}; expected JSON such as {{"verb": "status"}}, with one of {known}'
                 self.hub.reply(address, Reply(ok=False, error=text))
                 continue
             self._carry_out(address, command)

@@ -171,9 +171,7 @@ class _PacedInput:
 
     latency_ms = 0.0
 
-    def __init__(
-        self, detail: str, blocks: Iterator[Samples], on_block: OnBlock, on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, detail: str, blocks: Iterator[Samples], on_block: OnBlock, on_end: Callable[[], None]) -> None:
         self.detail = detail
         self._blocks = blocks
         self._on_block = on_block

@@ -1,0 +1,48 @@
+"""What all tests share: the sound server."""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from tests.soundserver import SoundServer, missing
+
+SOUND_FIXTURES: Final = frozenset({"sound_server", "sound_cable"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test that asks for the sound server the marker `sound`."""
+    for item in items:
+        if SOUND_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("sound")
+
+
+@pytest.fixture
+def sound_server() -> Iterator[SoundServer]:
+    """A running sound server: microphone and speaker are two cards at 24 kHz."""
+    require_sound()
+    with SoundServer() as server:
+        yield server
+
+
+@pytest.fixture
+def sound_cable() -> Iterator[SoundServer]:
+    """A running sound server: microphone and speaker are one card at 24 kHz, recorded by `record_both`."""
+    require_sound()
+    with SoundServer(cable=True) as server:
+        yield server
+
+
+def require_sound() -> None:
+    """Skip the test where no sound server can run. On Linux with CI set, a missing package is a failure."""
+    if sys.platform != "linux":
+        pytest.skip("the sound server needs Linux")
+    package = missing()
+    if package is None:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"package {package} is not installed, and in CI no test is skipped for that")
+    pytest.skip(f"package {package} is not installed")

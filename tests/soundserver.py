@@ -1,0 +1,303 @@
+"""A private sound server with a virtual microphone and speaker, so that real PortAudio runs with no sound card.
+
+A program started with `SoundServer.env` sees two PortAudio devices, MICROPHONE and SPEAKER. What is fed to the
+microphone, and what comes out of the speaker, is bit-exact as long as the stream has the server's rate and one
+channel of float32.
+
+With `cable=True` both devices are the two channels of one sound card: they share a clock, and `record_both` takes
+them down side by side, so that the delay between the two is known to the sample (see `delay_samples`).
+"""
+
+import contextlib
+import ctypes.util
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+MICROPHONE: Final = "vmic"
+SPEAKER: Final = "vspk"
+"""The devices' names, as PortAudio lists them."""
+
+PIPELINE_RATE: Final = 24_000
+
+FEED_LATENCY_MS: Final = 1_000
+"""How far ahead the microphone's feeder writes: it must not stutter on a busy machine."""
+
+RECORD_LATENCY_MS: Final = 50
+"""How often the recorder is woken. What it takes down is whole whatever the value; at the end it lacks this much."""
+
+SINK_LATENCY_MS: Final = 50
+"""The largest block of a PulseAudio null sink that does not rewind."""
+
+START_TIMEOUT_S: Final = 10.0
+STOP_TIMEOUT_S: Final = 5.0
+POLL_S: Final = 0.005
+
+WAV_HEADER_BYTES: Final = 128
+"""More than the header of any WAV file that the recorder writes."""
+
+MIN_CORRELATION: Final = 0.5
+"""Below this two recordings are not of the same signal."""
+
+PROGRAMS: Final = {
+    "pulseaudio": "pulseaudio",
+    "pactl": "pulseaudio-utils",
+    "paplay": "pulseaudio-utils",
+    "parec": "pulseaudio-utils",
+    "setpriv": "util-linux",
+}
+"""The programs that are run here, each with the Debian package that holds it."""
+
+ALSA_CONFIG: Final = Path("/usr/share/alsa/alsa.conf")
+ALSA_PLUGIN: Final = "alsa-lib/libasound_module_pcm_pulse.so"
+LIBRARY_FOLDERS: Final = ("/usr/lib", "/usr/lib64")
+
+# norewinds: otherwise a stream's first callback can be up to 1.7 s late.
+TWO_CARDS: Final = """\
+load-module module-null-sink sink_name=mic format=float32le rate={rate} channels=1 norewinds=1
+load-module module-null-sink sink_name=spk format=float32le rate={rate} channels=1 norewinds=1
+set-default-sink spk
+set-default-source mic.monitor
+"""
+# remix=no: a channel is taken as it is; otherwise microphone and speaker would be mixed into each other.
+ONE_CARD: Final = """\
+load-module module-null-sink sink_name=cable format=float32le rate={rate} channels=2 \
+channel_map=front-left,front-right norewinds=1
+load-module module-remap-sink sink_name=mic master=cable channels=1 channel_map=mono \
+master_channel_map=front-left remix=no
+load-module module-remap-sink sink_name=spk master=cable channels=1 channel_map=mono \
+master_channel_map=front-right remix=no
+set-default-sink spk
+set-default-source mic.monitor
+"""
+# handle_underrun: a gap in playback is reported to PortAudio as an output underflow.
+ALSA_DEVICES: Final = """\
+pcm.{microphone} {{ type asym capture.pcm {{ type pulse server "{server}" device mic.monitor }} }}
+pcm.{speaker} {{ type asym playback.pcm {{ type pulse server "{server}" device spk handle_underrun 1 }} }}
+"""
+
+
+class SoundServerError(Exception):
+    """The sound server, or a program that talks to it, did not do what it was started for."""
+
+
+def missing() -> str | None:
+    """Return the Debian package without which there is no sound server here; None if nothing is missing."""
+    for program, package in PROGRAMS.items():
+        if shutil.which(program) is None:
+            return package
+    if not ALSA_CONFIG.exists():
+        return "libasound2-data"
+    if not any(any(Path(folder).glob(f"**/{ALSA_PLUGIN}")) for folder in LIBRARY_FOLDERS):
+        return "libasound2-plugins"
+    if ctypes.util.find_library("portaudio") is None:
+        return "libportaudio2"
+    return None
+
+
+def delay_samples(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> int:
+    """Return by how many samples `right` lags behind `left` (negative: it leads), by cross-correlation.
+
+    The signal must not repeat itself; noise and speech are good ones. A scaled or partly missing `right` is
+    still found. Raises ValueError if the two do not hold the same signal.
+    """
+    size = 1 << (len(left) + len(right) - 1).bit_length()
+    spectrum = np.fft.rfft(right.astype(np.float64), size) * np.fft.rfft(left.astype(np.float64), size).conj()
+    correlation = np.fft.irfft(spectrum, size)
+    peak = int(np.argmax(correlation))
+    energy = float(np.linalg.norm(left.astype(np.float64)) * np.linalg.norm(right.astype(np.float64)))
+    if energy == 0 or correlation[peak] < MIN_CORRELATION * energy:
+        raise ValueError("the two recordings do not hold the same signal")
+    return peak if peak < len(right) else peak - size
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Return as soon as `condition()` holds. Raises SoundServerError naming `what` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SoundServerError(f"{what}: not within {timeout_s} s")
+        time.sleep(POLL_S)
+
+
+def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
+    """End `process`: the signal, STOP_TIMEOUT_S of patience, then SIGKILL. Fine if it has ended already."""
+    process.send_signal(how)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Recording:
+    """A recording under way. From construction on every sample is taken down, to about the call of `stop`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], path: Path) -> None:
+        self.path: Final = path
+        self._process: Final = process
+        wait_until(self._has_begun, f"recording into {path}")
+
+    def stop(self) -> None:
+        """End the recording once all that the device has played by now is in the file. Safe to call twice."""
+        if self._process.poll() is None:
+            time.sleep((2 * RECORD_LATENCY_MS + SINK_LATENCY_MS) / 1_000)
+        end(self._process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _has_begun(self) -> bool:
+        if self._process.poll() is not None:
+            raise SoundServerError(f"the recorder ended with code {self._process.returncode}")
+        return self.path.exists() and self.path.stat().st_size > WAV_HEADER_BYTES
+
+
+class SoundServer:
+    """A PulseAudio of its own in a temporary folder. A context manager: on leaving, nothing is left behind.
+
+    All processes started here die with the thread that started them, should that be killed.
+
+    rate: of both devices, in Hz. A stream of any other rate is resampled by the server.
+    cable: one card with one clock for both devices, and `record_both`; otherwise two cards.
+
+    `env` is what a child process needs on top of its own environment to see the two devices; they exist, for
+    PortAudio, from the moment it is initialised while the server is up.
+    """
+
+    def __init__(self, rate: int = PIPELINE_RATE, *, cable: bool = False) -> None:
+        self.rate: Final = rate
+        self.cable: Final = cable
+        self.folder: Final = Path(tempfile.mkdtemp(prefix="sound-"))
+        server = f"unix:{self.folder}/native"
+        folder_names = ("HOME", "XDG_RUNTIME_DIR", "PULSE_RUNTIME_PATH", "PULSE_STATE_PATH")
+        self._own_env: Final = dict.fromkeys(folder_names, str(self.folder)) | {"PULSE_SERVER": server}
+        self.env: Final = {
+            "PULSE_SERVER": server,
+            "ALSA_CONFIG_PATH": f"{ALSA_CONFIG}:{self.folder}/asound.conf",
+        }
+        self._server: subprocess.Popen[bytes] | None = None
+        self._clients: Final[list[subprocess.Popen[bytes]]] = []
+        self._script: Final = self.folder / "script.pa"
+        self._script.write_text(
+            f"load-module module-native-protocol-unix socket={self.folder}/native auth-anonymous=1\n"
+            + (ONE_CARD if cable else TWO_CARDS).format(rate=rate)
+        )
+        (self.folder / "asound.conf").write_text(
+            ALSA_DEVICES.format(microphone=MICROPHONE, speaker=SPEAKER, server=server)
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The server's process id. Raises SoundServerError if it is not running."""
+        if self._server is None:
+            raise SoundServerError("the sound server is not running")
+        return self._server.pid
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        command = ["pulseaudio", "-n", "-F", str(self._script), "--daemonize=no", "--use-pid-file=no"]
+        command += ["--exit-idle-time=-1", "--disallow-exit", "--log-target=stderr"]
+        with self._log.open("wb") as log:
+            self._server = self._spawn(command, stderr=log)
+        wait_until(self._answers, "the sound server's start")
+
+    def stop(self) -> None:
+        """End the server under its clients, as if the sound card had been pulled out. Safe to call twice."""
+        if self._server is not None:
+            end(self._server)
+            self._server = None
+
+    def restart(self) -> None:
+        """Stop the server and start it anew, at the same address."""
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """End every feeder and recorder and the server, and remove the folder. Safe to call twice."""
+        for client in self._clients:
+            end(client)
+        self._clients.clear()
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def feed(self, path: Path) -> subprocess.Popen[bytes]:
+        """Begin to play a sound file into the microphone, which is silent otherwise; it ends by itself."""
+        return self._client(["paplay", "--device=mic", f"--latency-msec={FEED_LATENCY_MS}", str(path)])
+
+    def record(self, path: Path) -> Recording:
+        """Record what comes out of the speaker into a mono float32 WAV file."""
+        return self._record("spk.monitor", 1, path)
+
+    def record_both(self, path: Path) -> Recording:
+        """Record both devices of a cable into one stereo float32 WAV file.
+
+        Left is what the microphone heard and right what the speaker played, at the same time to the sample.
+        """
+        if not self.cable:
+            raise ValueError("two cards have two clocks: record_both needs SoundServer(cable=True)")
+        return self._record("cable.monitor", 2, path)
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "log"
+
+    def _record(self, source: str, channels: int, path: Path) -> Recording:
+        path.unlink(missing_ok=True)
+        command = ["parec", f"--device={source}", "--file-format=wav", "--format=float32le"]
+        command += [
+            f"--rate={self.rate}",
+            f"--channels={channels}",
+            f"--latency-msec={RECORD_LATENCY_MS}",
+            str(path),
+        ]
+        return Recording(self._client(command), path)
+
+    def _client(self, command: list[str]) -> subprocess.Popen[bytes]:
+        client = self._spawn(command)
+        self._clients.append(client)
+        return client
+
+    def _spawn(self, command: list[str], stderr: Any = None) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            env=os.environ | self._own_env,
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+
+    def _answers(self) -> bool:
+        if self._server is None or self._server.poll() is not None:
+            with contextlib.suppress(OSError):
+                log = self._log.read_text(errors="replace")
+            raise SoundServerError(f"the sound server ended at once:\n{log}")
+        reply = subprocess.run(["pactl", "info"], env=os.environ | self._own_env, capture_output=True, check=False)
+        return reply.returncode == 0
