@@ -303,7 +303,7 @@ def main() -> None:
         _complain(f"{error.format_message()} See `{command} --help`.")
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         sys.exit(130)
     except PipelineError as error:
         _complain(str(error))

@@ -33,6 +33,11 @@ def base() -> Path:
         return Path(platformdirs.user_runtime_dir("pipeline", appauthor=False))
 
 
+def private(path: str, flags: int) -> int:
+    """An opener for `open`: what is made is for this user alone."""
+    return os.open(path, flags, 0o600)
+
+
 def names() -> list[str]:
     """The names of the runs that have a folder, alive or not."""
     with contextlib.suppress(FileNotFoundError):

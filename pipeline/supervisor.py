@@ -46,7 +46,7 @@ from pipeline.messages import (
     TimingRecord,
 )
 from pipeline.ring import Ring
-from pipeline.runtime import RunFolder
+from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RINGS, Process, StageName
 
@@ -75,7 +75,7 @@ Launch = Callable[[Process, RunFolder, int], "subprocess.Popen[bytes]"]
 def launch(process: Process, folder: RunFolder, alive: int) -> "subprocess.Popen[bytes]":
     """Start a stage. `alive` is a pipe's read end: it closes when this process ends, however it ends."""
     command = [sys.executable, "-m", process.module, "--name", folder.name, "--supervised", str(alive)]
-    with folder.log(process.name).open("ab") as log:
+    with open(folder.log(process.name), "ab", opener=private) as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -208,7 +208,8 @@ class Supervisor:
         for spec in RINGS:
             self._rings[spec.name] = Ring.create(self._folder.segment(spec.name), self._config.ring_seconds)
         Bell(self._folder.bell("capture")).close()
-        self._folder.settings.write_bytes(settings.encode(self._config))
+        with open(self._folder.settings, "wb", opener=private) as file:
+            file.write(settings.encode(self._config))
         self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages)
         self._hub.watch(self._signal_read)
 

@@ -115,6 +115,8 @@ class Inference:
                 decode_ms=step.decode_ms,
             )
         )
+        if step.new_conversation:
+            self._context.log("info", f"a new conversation begins with frame {number}")
         if step.text:
             report(TextRecord(frame=number, text=step.text, time_ns=end_ns))
 
