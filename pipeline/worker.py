@@ -47,6 +47,9 @@ EXIT_FATAL: Final = 2
 
 _HEARTBEAT_S: Final = 1.0
 
+_SWITCH_S: Final = 0.0005
+"""How long the main thread may keep the interpreter from the audio thread: a tenth of a block, not all of it."""
+
 
 class Context:
     """What a stage is given: settings, rings, the bell of the capture ring, and a way to report."""
@@ -138,6 +141,7 @@ class _Worker:
             gc.collect()
             gc.freeze()
             gc.disable()
+            sys.setswitchinterval(_SWITCH_S)
             self._say("ready")
             if self._alive is None:
                 self._start()

@@ -26,15 +26,18 @@ import soxr
 from pipeline.audio import FULL_SCALE, Samples
 from pipeline.errors import DeviceError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread
-from pipeline.topology import SAMPLE_RATE
+from pipeline.topology import FRAME, SAMPLE_RATE
 
 OnBlock = Callable[[Samples, int, bool], None]
 
 INPUT_SPECS: Final = "device, device:NAME, file:PATH, tone:HZ or silence"
 OUTPUT_SPECS: Final = "device, device:NAME, file:PATH or null"
 
-_PACED_BLOCK: Final = 480
-"""Samples that a stand-in moves at once: 20 ms, a whole part of a frame."""
+_PACED_INPUT_BLOCK: Final = FRAME
+"""Samples that a stand-in for a microphone delivers at once: the last of a frame comes no later for it."""
+
+_NULL_BLOCK: Final = FRAME // 2
+"""Samples that a sink which nobody hears takes at once: few wake-ups, for little processor time."""
 
 _TONE_LEVEL: Final = 0.25
 _RESAMPLER: Final = "HQ"
@@ -128,7 +131,7 @@ def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_bl
         case "file" if name:
             return _PacedOutput(f"file {name}", block, on_block, _open_sink(Path(name), resume))
         case "null" if not name:
-            return _PacedOutput("null", _PACED_BLOCK, on_block, None)
+            return _PacedOutput("null", _NULL_BLOCK, on_block, None)
     raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
 
 
@@ -177,7 +180,7 @@ class _PacedInput:
         self._on_block = on_block
         self._on_end = on_end
         self._first = True
-        self._pace = _Pace(_PACED_BLOCK, self._turn)
+        self._pace = _Pace(_PACED_INPUT_BLOCK, self._turn)
 
     def _turn(self, due_ns: int) -> bool:
         if self._first:
@@ -187,7 +190,7 @@ class _PacedInput:
         if block is None:
             self._on_end()
             return False
-        self._on_block(block, due_ns - _PACED_BLOCK * NS_PER_S // SAMPLE_RATE, False)
+        self._on_block(block, due_ns - _PACED_INPUT_BLOCK * NS_PER_S // SAMPLE_RATE, False)
         return True
 
     def start(self) -> None:
@@ -266,9 +269,9 @@ def _file_blocks(path: Path, resume_at: int) -> Iterator[Samples]:
             skipped = min(to_skip, len(part))
             to_skip -= skipped
             rest = np.concatenate((rest, part[skipped:]))
-            while len(rest) >= _PACED_BLOCK:
-                yield rest[:_PACED_BLOCK]
-                rest = rest[_PACED_BLOCK:]
+            while len(rest) >= _PACED_INPUT_BLOCK:
+                yield rest[:_PACED_INPUT_BLOCK]
+                rest = rest[_PACED_INPUT_BLOCK:]
         if len(rest):
             yield rest
 
@@ -285,16 +288,16 @@ def _tone_blocks(name: str, resume_at: int) -> Iterator[Samples]:
         raise DeviceError(f"input tone:{name}: expected a frequency between 0 and {SAMPLE_RATE // 2} Hz")
 
     def blocks() -> Iterator[Samples]:
-        index = np.arange(resume_at, resume_at + _PACED_BLOCK, dtype=np.float64)
+        index = np.arange(resume_at, resume_at + _PACED_INPUT_BLOCK, dtype=np.float64)
         while True:
             yield (_TONE_LEVEL * np.sin(2 * np.pi * ((index * hz / SAMPLE_RATE) % 1.0))).astype(np.float32)
-            index += _PACED_BLOCK
+            index += _PACED_INPUT_BLOCK
 
     return blocks()
 
 
 def _silent_blocks() -> Iterator[Samples]:
-    block = silence(_PACED_BLOCK)
+    block = silence(_PACED_INPUT_BLOCK)
     while True:
         yield block
 

@@ -42,7 +42,7 @@ class Player:
         """How long a frame waits, after silence, before its first sample is sent."""
         self._queue = queue_frames * FRAME
         self._playing = False
-        self._after_gap = False
+        self._disturbed = False
         self._leaving = False
         self._rise = rising()
         self._fall = falling()
@@ -81,6 +81,7 @@ class Player:
         heard.anchor(heard.position, dac_ns)
         if xrun:
             heard.count("xruns")
+            self._disturbed = True
         played = self._play(out, dac_ns)
         self._remember(out[:played])
         if played < len(out):
@@ -120,7 +121,7 @@ class Player:
         if oldest is not None and now_ns() - oldest.end_ns < self.prebuffer_ns and source.available < 2 * FRAME:
             return False
         self._playing = True
-        if self._after_gap:
+        if self._disturbed:
             self._risen = 0
         return True
 
@@ -146,7 +147,7 @@ class Player:
     def _surplus(self, waited_ns: int) -> int:
         """After a gap every frame waits for as long as the gap was. Samples by which all of the last second's did.
 
-        Without a gap before it there is none, whatever the figures say: nothing is cut from a healthy stream.
+        Without a gap or an underrun of the device before it there is none: nothing is cut from a healthy stream.
         """
         self._least_wait_ns = min(self._least_wait_ns, waited_ns)
         self._waits += 1
@@ -154,7 +155,7 @@ class Player:
             return 0
         surplus_ns = self._least_wait_ns - self.prebuffer_ns - _SLACK_NS
         self._waits, self._least_wait_ns = 0, FRAME_NS
-        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if self._after_gap else 0
+        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if self._disturbed else 0
 
     def _skip(self, count: int) -> None:
         """Pass over `count` samples, at least FADE, fading from the first of them into what follows."""
@@ -171,7 +172,7 @@ class Player:
             # What was late once will be again: wait longer next time, a frame at most.
             self.prebuffer_ns = min(FRAME_NS, max(NS_PER_MS, 2 * self.prebuffer_ns))
         self._playing = False
-        self._after_gap = True
+        self._disturbed = True
         # Backwards from the last sample but one: no step is larger than one that was just played.
         np.multiply(self._recent[-2::-1], self._fall, out=self._fading)
         self._faded = 0
