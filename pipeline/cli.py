@@ -297,7 +297,7 @@ def list_(as_json: bool) -> int:
 def main() -> None:
     """Run the command; whatever the user did wrong becomes one line on standard error."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="pipeline", standalone_mode=False)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
         _complain(f"{error.format_message()} See `{command} --help`.")

@@ -139,7 +139,7 @@ class RunFolder:
         for spec in RINGS:
             ring.unlink(self.segment(spec.name))
         for path in list(self.path.iterdir()):
-            if path == self._lock_path or (keep_logs and path.suffix == ".log"):
+            if path == self._lock_path or (keep_logs and path.suffix == ".log" and path.stat().st_size):
                 continue
             path.unlink(missing_ok=True)
 

@@ -50,6 +50,9 @@ from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RINGS, Process, StageName
 
+EXIT_CRASHED: Final = 1
+"""Exit code of a stage that met an error of its own."""
+
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
 
@@ -155,6 +158,7 @@ class Supervisor:
         self._state: RunState = "starting"
         self._error = ""
         self._clean = True
+        self._crashed = False  # a stage with a traceback, which is in its log
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
         self._mic_to_speaker = Durations()
         self._drift = accounting.Drift()
@@ -289,9 +293,7 @@ class Supervisor:
             self._hub.close()
         for ring in self._rings.values():
             ring.close()
-        # A crashed stage's traceback is in its log.
-        crashed = any(stage.popen is not None and stage.popen.returncode == 1 for stage in self._stages.values())
-        self._folder.release(keep_logs=crashed or any(stage.restarts for stage in self._stages.values()))
+        self._folder.release(keep_logs=self._crashed)
         signal.set_wakeup_fd(-1)
         self._signal_read.close()
         self._signal_write.close()
@@ -340,21 +342,24 @@ class Supervisor:
                 continue
             self._clean = False
             name, code = stage.process.name, stage.popen.returncode
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"stopped with exit code {code}"
-            if stage.state == "fatal" and not stage.was_ready:
-                self._end(f"{name}: {stage.detail}")
-            elif not stage.was_ready:
-                self._end(f"{name} {how} before it was ready; its messages are in {self._folder.log(name)}")
+            self._crashed = self._crashed or code == EXIT_CRASHED
+            if stage.state == "fatal":
+                how = f"{name}: {stage.detail}"
+            elif code < 0:
+                how = f"{name} was ended by {signal.Signals(-code).name}"
+            else:
+                how = f"{name} stopped with exit code {code}; its messages are in {self._folder.log(name)}"
+            if not stage.was_ready:
+                self._end(how if stage.state == "fatal" else f"{how}, before it was ready")
             elif stage.restarts >= RESTARTS_MAX:
                 self._set_state(stage, "fatal")
-                self._end(f"{name} {how} after {RESTARTS_MAX} restarts; its messages are in {self._folder.log(name)}")
+                self._end(f"{how}, after {RESTARTS_MAX} restarts")
             else:
                 delay_s = min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2**stage.restarts)
                 stage.restarts += 1
                 stage.restart_at_ns = self._clock() + round(delay_s * NS_PER_S)
-                why = f" ({stage.detail})" if stage.state == "fatal" else ""
                 self._set_state(stage, "backoff")
-                self._log("warning", f"{name} {how}{why}; it is started again in {delay_s:g} s")
+                self._log("warning", f"{how}; it is started again in {delay_s:g} s")
 
     # What stages say
 

@@ -82,8 +82,8 @@ class Capture:
 
     def work(self) -> bool:
         """Report the frames captured since the last look, and the end."""
-        if self._device.gone():
-            raise DeviceError(f"input device {self._device.detail} has stopped")
+        if trouble := self._device.trouble():
+            raise DeviceError(f"input {self._device.detail}: {trouble}")
         waiting = self._ring.ledger().waiting // FRAME
         while (mark := self._ring.mark(self._next_mark)) is not None:
             self._next_mark += 1

@@ -60,8 +60,8 @@ class Input(Protocol):
 
     def stop(self) -> None: ...
 
-    def gone(self) -> bool:
-        """Whether the device stopped by itself."""
+    def trouble(self) -> str:
+        """Why it stopped by itself; empty if it did not."""
 
 
 class Output(Protocol):
@@ -77,8 +77,8 @@ class Output(Protocol):
 
     def stop(self) -> None: ...
 
-    def gone(self) -> bool:
-        """Whether the device stopped by itself."""
+    def trouble(self) -> str:
+        """Why it stopped by itself; empty if it did not."""
 
 
 class Unopened:
@@ -93,8 +93,8 @@ class Unopened:
     def stop(self) -> None:
         """Nothing is open."""
 
-    def gone(self) -> bool:
-        return False
+    def trouble(self) -> str:
+        return ""
 
 
 def silence(count: int) -> Samples:
@@ -129,7 +129,7 @@ def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_bl
         case "device":
             return _PortAudioOutput(name, block, latency_ms, on_block)
         case "file" if name:
-            return _PacedOutput(f"file {name}", block, on_block, _open_sink(Path(name), resume))
+            return _PacedOutput(f"file {name}", block, on_block, _FileSink(Path(name), resume))
         case "null" if not name:
             return _PacedOutput("null", _NULL_BLOCK, on_block, None)
     raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
@@ -146,9 +146,16 @@ class _Pace:
         self._turn = turn
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pace", daemon=True)
+        self.trouble = ""
 
     def _run(self) -> None:
         promote_thread()
+        try:
+            self._keep_pace()
+        except (OSError, soundfile.LibsndfileError) as error:
+            self.trouble = getattr(error, "error_string", None) or str(error)
+
+    def _keep_pace(self) -> None:
         begin_ns = now_ns()
         blocks = 0
         while True:
@@ -199,8 +206,8 @@ class _PacedInput:
     def stop(self) -> None:
         self._pace.stop()
 
-    def gone(self) -> bool:
-        return False
+    def trouble(self) -> str:
+        return self._pace.trouble
 
 
 class _PacedOutput:
@@ -208,7 +215,7 @@ class _PacedOutput:
 
     latency_ms = 0.0
 
-    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: soundfile.SoundFile | None) -> None:
+    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: "_FileSink | None") -> None:
         self.detail = detail
         self._on_block = on_block
         self._sink = sink
@@ -222,16 +229,17 @@ class _PacedOutput:
         return True
 
     def start(self) -> None:
+        if self._sink is not None:
+            self._sink.open()
         self._pace.start()
 
     def stop(self) -> None:
         self._pace.stop()
         if self._sink is not None:
             self._sink.close()
-            self._sink = None
 
-    def gone(self) -> bool:
-        return False
+    def trouble(self) -> str:
+        return self._pace.trouble
 
 
 def _open_source(path: Path) -> soundfile.SoundFile:
@@ -302,22 +310,51 @@ def _silent_blocks() -> Iterator[Samples]:
         yield block
 
 
-def _open_sink(path: Path, resume: bool) -> soundfile.SoundFile:
-    """Float samples where the format can hold them, so that what is in the file is what was sent."""
-    kind = path.suffix.lstrip(".").upper()
-    if kind not in soundfile.available_formats():
-        known = ", ".join(sorted(soundfile.available_formats())).lower()
-        raise DeviceError(f"output file:{path}: unknown kind of sound file {path.suffix!r}; expected one of {known}")
-    subtype = "FLOAT" if soundfile.check_format(kind, "FLOAT") else soundfile.default_subtype(kind)
-    try:
-        if resume and path.exists():
-            sink = soundfile.SoundFile(path, "r+")
-            sink.seek(0, soundfile.SEEK_END)
-            return sink
-        return soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, subtype, format=kind)
-    except (OSError, soundfile.LibsndfileError) as error:
-        reason = getattr(error, "error_string", None) or str(error)
-        raise DeviceError(f"output file:{path}: cannot be written: {reason}") from None
+class _FileSink:
+    """A sound file to write to, of float samples where the format can hold them: in it is what was sent.
+
+    It is looked at when it is made, and opened, with the loss of what it held, only when there is something to write.
+    Raises DeviceError from both.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self._path = path
+        self._resume = resume
+        self._file: soundfile.SoundFile | None = None
+        self._kind = path.suffix.lstrip(".").upper()
+        known = soundfile.available_formats()
+        if self._kind not in known:
+            expected = ", ".join(sorted(known)).lower()
+            raise DeviceError(
+                f"output file:{path}: unknown kind of sound file {path.suffix!r}; expected one of {expected}"
+            )
+        there = path if path.exists() else path.parent
+        if not there.exists() or path.is_dir():
+            raise DeviceError(f"output file:{path}: cannot be written: no such folder, or a folder itself")
+        if not os.access(there, os.W_OK):
+            raise DeviceError(f"output file:{path}: cannot be written: not permitted")
+
+    def open(self) -> None:
+        path, kind = self._path, self._kind
+        try:
+            if self._resume and path.exists():
+                self._file = soundfile.SoundFile(path, "r+")
+                self._file.seek(0, soundfile.SEEK_END)
+                return
+            subtype = "FLOAT" if soundfile.check_format(kind, "FLOAT") else soundfile.default_subtype(kind)
+            self._file = soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, subtype, format=kind)
+        except (OSError, soundfile.LibsndfileError) as error:
+            reason = getattr(error, "error_string", None) or str(error)
+            raise DeviceError(f"output file:{path}: cannot be written: {reason}") from None
+
+    def write(self, samples: Samples) -> None:
+        if self._file is not None:
+            self._file.write(samples)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 # PortAudio.
@@ -428,8 +465,8 @@ class _PortAudioStream:
             self._stream.abort(ignore_errors=True)
             self._stream.close(ignore_errors=True)
 
-    def gone(self) -> bool:
-        return self._started and not self._stream.active
+    def trouble(self) -> str:
+        return "the device has stopped" if self._started and not self._stream.active else ""
 
 
 def _open_stream(sd: Any, make: Any, chosen: _Chosen, kind: str, **options: Any) -> Any:

@@ -247,8 +247,8 @@ class Playback:
 
     def work(self) -> bool:
         """Report the frames sent since the last look, and the end."""
-        if self._device.gone():
-            raise DeviceError(f"output device {self._device.detail} has stopped")
+        if trouble := self._device.trouble():
+            raise DeviceError(f"output {self._device.detail}: {trouble}")
         report, now = self._context.report, now_ns()
         queued = self._playback.ledger().waiting // FRAME
         while (mark := self._heard.mark(self._next_mark)) is not None:
@@ -284,7 +284,7 @@ class Playback:
 
     def stop(self) -> None:
         """Fade out, then let go of the device."""
-        if self._running and not self._device.gone():
+        if self._running and not self._device.trouble():
             self._player.leave()
             until = time.monotonic() + _FADE_OUT_S
             while not self._player.silent and time.monotonic() < until:
