@@ -13,6 +13,7 @@ import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import __version__, checkpoints, doctor, hub, messages, report
 from pipeline import config as settings
@@ -28,8 +29,9 @@ EXIT_REFUSED: Final = 2
 _READY_S: Final = 600.0
 _LEVEL_STYLE: Final[dict[LogLevel, str]] = {"info": "dim", "warning": "yellow", "error": "red"}
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+# What users name, files and devices, may look like markup.
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 _name = click.option("--name", default="default", show_default=True, help="The run's name.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -105,7 +107,7 @@ def _on_text(text: str) -> None:
 
 def _on_log(stage: str, level: LogLevel, message: str) -> None:
     prefix = "pipeline" if stage == "supervisor" else stage
-    err.print(f"{prefix}: {message}", style=_LEVEL_STYLE[level], markup=False)
+    err.print(f"{prefix}: {message}", style=_LEVEL_STYLE[level])
 
 
 def _detach(name: str) -> int:
@@ -212,11 +214,11 @@ def devices(as_json: bool) -> int:
         default = [word for word in ("input", "output") if device[f"default_{word}"]]
         table.add_row(
             str(device["index"]),
-            device["name"],
+            Text(device["name"]),
             str(device["inputs"]),
             str(device["outputs"]),
             f"{device['rate']:.0f}",
-            device["api"],
+            Text(device["api"]),
             ", ".join(default),
         )
     out.print(table if found["devices"] else "no audio devices")
@@ -237,8 +239,8 @@ def doctor_(name: str, as_json: bool, config: Path | None, **given: Any) -> int:
     else:
         styles = {"ok": "green", "note": "yellow", "wrong": "red"}
         for finding in findings:
-            out.print(f"[{styles[finding.state]}]{finding.state:5}[/] {finding.what}: ", end="")
-            out.print(finding.found + (f". {finding.advice}" if finding.advice else ""), markup=False)
+            out.print(f"{finding.state:5} ", style=styles[finding.state], end="")
+            out.print(f"{finding.what}: {finding.found}{'. ' if finding.advice else ''}{finding.advice}")
     return 1 if any(finding.state == "wrong" for finding in findings) else 0
 
 
@@ -315,5 +317,5 @@ def main() -> None:
 
 
 def _complain(line: str) -> None:
-    err.print(f"pipeline: {line}", style="red", markup=False)
+    err.print(f"pipeline: {line}", style="red")
     sys.exit(EXIT_REFUSED)

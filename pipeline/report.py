@@ -69,7 +69,7 @@ def stages_table(status: StatusReport) -> Table:
             f"{stage.memory_mb:.0f} MiB",
             f"{stage.cpu_s:.1f} s",
             f"{stage.device_latency_ms:.1f} ms",
-            stage.detail,
+            Text(stage.detail),
         )
     return table
 
