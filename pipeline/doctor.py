@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,8 @@ _WORKING_GB: Final = 2.5
 
 _PROBE_S: Final = 30
 
+_WITHOUT_DEVICES: Final = "Without devices use --input file:PATH --output file:PATH"
+
 
 class Finding(Struct, kw_only=True):
     """One line of the doctor's."""
@@ -48,8 +51,11 @@ def audio_devices() -> dict[str, Any]:
         done = subprocess.run(probe, capture_output=True, text=True, timeout=_PROBE_S, check=False)
     except subprocess.TimeoutExpired:
         raise DeviceError(f"PortAudio did not list its devices within {_PROBE_S} s") from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise DeviceError(f"PortAudio was ended by {name} when it looked for devices: is ALSA's configuration whole?")
     if done.returncode:
-        raise DeviceError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "PortAudio failed")
+        raise DeviceError(done.stderr.strip().splitlines()[-1])
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -110,12 +116,12 @@ def _audio(config: Config, name: str) -> Finding:
         found = audio_devices()
     except DeviceError as error:
         state: Literal["note", "wrong"] = "wrong" if wanted else "note"
-        return Finding(what="audio", state=state, found=str(error))
+        return Finding(what="audio", state=state, found=str(error), advice=_WITHOUT_DEVICES)
     counts = {kind: sum(device[f"{kind}s"] > 0 for device in found["devices"]) for kind in specs}
     text = f"{found['portaudio']}, {counts['input']} inputs, {counts['output']} outputs"
     lacking = [kind for kind in wanted if not counts[kind]]
     if lacking:
-        advice = f"No {' and no '.join(lacking)} device: connect one, or use --input file:PATH --output file:PATH"
+        advice = f"No {' and no '.join(lacking)} device: connect one. {_WITHOUT_DEVICES}"
         return Finding(what="audio", state="wrong", found=text, advice=advice)
     return Finding(what="audio", state="ok", found=text)
 
