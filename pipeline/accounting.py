@@ -23,7 +23,8 @@ def read(capture: Ring, playback: Ring, heard: Ring) -> tuple[Accounting, Xruns]
         skipped=out.dropped,
         waiting_out=out.waiting,
         sent=sent.written,
-        concealed=sent.concealed,
+        # Playback that was killed in the middle of a change had sent what it had not yet counted.
+        concealed=sent.written - out.consumed if heard.changing else sent.concealed,
         gaps=sent.gaps,
         cleaned=mic.cleaned,
     )

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -77,7 +77,7 @@ class Config(_Section):
     quality: Quality = "q4"
     model: str | None = None
     """A checkpoint's folder or a repository. Unset: the official one of the quality."""
-    seconds: Annotated[float, Meta(gt=0)] | None = None
+    seconds: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     """Stop after so long. Unset: run until stopped, or until an input file is answered."""
     ring_seconds: Annotated[float, Meta(ge=10, le=600)] = 12.0
     """What each ring holds: how long the model may stall before microphone samples are lost."""
@@ -110,6 +110,8 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
         *tables, last = key.split(".")
         table = merged
         for name in tables:
+            if not isinstance(table.get(name), dict):
+                raise ConfigError(f"command line: {key}: unknown key")
             table = table[name]
         table[last] = value
     config = _convert(merged, "command line")
@@ -137,7 +139,9 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not TOML: nested too deeply") from None
+    except ValueError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
@@ -148,8 +152,8 @@ def _convert(data: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}: {_explain(str(error), data)}") from None
 
 
-_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?$")
-_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<key>.*)`")
+_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?\Z", re.DOTALL)
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<key>.*)`", re.DOTALL)
 
 
 def _explain(message: str, data: dict[str, Any]) -> str:
@@ -157,15 +161,24 @@ def _explain(message: str, data: dict[str, Any]) -> str:
     found = _AT.match(message)
     what, where = (found["what"], found["where"] or "") if found else (message, "")
     unknown = _UNKNOWN.fullmatch(what)
+    choices: tuple[Any, ...] = ()
     table: Any = data
     struct: Any = Config
     for part in filter(None, where.split(".")):
         table = table.get(part) if isinstance(table, dict) else None
         struct = next((f.type for f in msgspec.structs.fields(struct) if f.name == part), struct)
+        choices = get_args(struct) if get_origin(struct) is Literal else ()
         if not (isinstance(struct, type) and issubclass(struct, Struct)):
             struct = _Section
     if unknown:
         prefix = f"{where}." if where else ""
         known = ", ".join(field.name for field in msgspec.structs.fields(struct))
-        return f"{prefix}{unknown['key']}: unknown key; expected one of {known}"
-    return f"{where} = {table!r}: {what[0].lower()}{what[1:]}"
+        key = "".join(c if c.isprintable() else repr(c)[1:-1] for c in unknown["key"])
+        return f"{prefix}{key}: unknown key; expected one of {known}"
+    if choices:
+        what = f"expected one of {', '.join(choices)}"
+    try:
+        shown = repr(table)
+    except ValueError:
+        shown = "a very long number"
+    return f"{where} = {shown}: {what[0].lower()}{what[1:]}"

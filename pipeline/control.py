@@ -130,7 +130,7 @@ class Hub:
                     self._send_event(topic, record)
 
     def close(self) -> None:
-        """Close the sockets; ZeroMQ removes their files. What is under way to a client is given a moment."""
+        """Close the sockets; their files stay. What is under way to a client is given a moment."""
         for socket in (self._stages, self._events):
             socket.close(linger=0)
         self._control.close(linger=_FAREWELL_MS)

@@ -1,6 +1,6 @@
 """What is said between processes: commands and replies, the stages' reports, the records of every event topic.
 
-JSON on the wire, tagged unions, unknown fields refused. Times are monotonic ns stamped at the source, `_ms` are
+JSON on the wire, tagged unions; a command with an unknown field is refused. Times are monotonic ns stamped at the
 durations, counts are in samples at 24 kHz where no unit is named.
 """
 
@@ -94,7 +94,9 @@ class Accounting(Struct, kw_only=True):
             ),
             "sent = played + concealed": self.sent - self.played - self.concealed,
         }
-        return [f"{equation} is off by {by}" for equation, by in sums.items() if by]
+        wrong = [f"{equation} is off by {by}" for equation, by in sums.items() if by]
+        counts = {name: getattr(self, name) for name in self.__struct_fields__}
+        return wrong + [f"{name} is {count}" for name, count in counts.items() if count < 0]
 
 
 class Spread(Struct, kw_only=True):
@@ -178,7 +180,7 @@ class StageRecord(_Record, tag="state", kw_only=True):
     time_ns: int = 0
 
 
-class TimingRecord(_Record, tag="timing", kw_only=True, omit_defaults=True):
+class TimingRecord(_Record, tag="timing", kw_only=True):
     """Topic timing.<stage>, one a frame.
 
     capture: from the frame's first sample at the converter until it was in the ring. inference: the work on it.

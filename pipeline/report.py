@@ -1,7 +1,7 @@
 """What people read: the timing table, the accounting line, the stages."""
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -59,7 +59,8 @@ def stages_table(status: StatusReport) -> Table:
     """A row for each stage."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "state", "pid", "restarts", "memory", "CPU", "device latency", "works with"):
-        table.add_column(column, justify="left" if column in {"stage", "state", "works with"} else "right")
+        justify: JustifyMethod = "left" if column in {"stage", "state", "works with"} else "right"
+        table.add_column(column, justify=justify, no_wrap=column == "stage")
     for name, stage in status.stages.items():
         table.add_row(
             name,

@@ -297,6 +297,11 @@ class Ring:
         concealed, gaps, xruns, cleaned = words[_COUNTERS_AT : _COUNTERS_AT + len(COUNTERS)]
         return Ledger(words[_POSITION_AT], consumed, dropped, concealed, gaps, xruns, cleaned, words[_GENERATION_AT])
 
+    @property
+    def changing(self) -> bool:
+        """Whether the writer is between `begin` and `commit`, or died there."""
+        return bool(self.words[_LEDGER_VERSION_AT] & 1)
+
     def steadily(self, reading: Callable[[], T]) -> T:
         """Call `reading` until no change of this ring's writer (RingWriter.begin) fell into it, and return its result.
 

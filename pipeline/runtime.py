@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import warnings
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,11 @@ from pipeline.topology import RINGS
 
 SOCKET_PATH_MAX: Final = 103
 """Bytes that a socket's path may have on macOS, where sun_path is 104 with the NUL."""
+
+_PATIENCE_S: Final = 0.5
+"""How long a name that is taken may take to become free: a run that is just ending has it a moment longer."""
+
+_POLL_S: Final = 0.01
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 
@@ -101,24 +107,39 @@ class RunFolder:
 
         Raises ControlError if someone else holds it.
         """
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        until = time.monotonic() + _PATIENCE_S
         while True:
             self.make()
             lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not self._take(lock, shared):
                 os.close(lock)
+                if time.monotonic() < until:
+                    time.sleep(_POLL_S)
+                    continue
                 raise ControlError(
                     f"a run named {self.name!r} is up already: stop it with `pipeline down --name {self.name}`, "
                     "or choose another --name"
-                ) from None
+                )
             # A run that ended just now may have removed the file after it was opened here.
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(lock).st_ino == self._lock_path.stat().st_ino:
                     self._lock = lock
                     return
             os.close(lock)
+
+    def _take(self, lock: int, shared: bool) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if shared:
+                # The first to come: what is here is a dead run's.
+                self.clear()
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            return True
+        if shared:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+        return False
 
     def is_locked(self) -> bool:
         """Whether a run of this name is up."""
@@ -141,7 +162,10 @@ class RunFolder:
         for path in list(self.path.iterdir()):
             if path == self._lock_path or (keep_logs and path.suffix == ".log" and path.stat().st_size):
                 continue
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def release(self, *, keep_logs: bool = False) -> None:
         """Clear everything, the folder with it unless logs are kept, and let go of the lock."""

@@ -31,6 +31,7 @@ from pipeline.messages import (
     Heartbeat,
     LogLevel,
     LogRecord,
+    Mute,
     Reply,
     RunState,
     Shutdown,
@@ -44,14 +45,12 @@ from pipeline.messages import (
     TextRecord,
     Timing,
     TimingRecord,
+    Unmute,
 )
 from pipeline.ring import Ring
 from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RINGS, Process, StageName
-
-EXIT_CRASHED: Final = 1
-"""Exit code of a stage that met an error of its own."""
 
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
@@ -63,7 +62,10 @@ ANSWER_S: Final = 2.0
 """How long a stage may take to acknowledge a command."""
 
 RESTARTS_MAX: Final = 8
-"""Restarts of one stage after which the run is given up."""
+"""Restarts of one stage, with no healthy time between them, after which the run is given up."""
+
+HEALTHY_S: Final = 120.0
+"""A stage that was ready for so long before it died begins its restarts anew."""
 
 BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_LAST_S: Final = 32.0
@@ -98,6 +100,8 @@ class _StageProcess:
     state: StageState = "starting"
     popen: "subprocess.Popen[bytes] | None" = None
     restarts: int = 0
+    strikes: int = 0
+    ready_ns: int = 0
     restart_at_ns: int = 0
     detail: str = ""
     device_latency_ms: float = 0.0
@@ -135,9 +139,16 @@ class _Waiting:
     stage: StageName
     until_ns: int
 
+    def reply(self, acknowledged: Acknowledged) -> Reply:
+        frame, error = acknowledged.frame, acknowledged.error
+        return Reply(ok=not error, verb=self.verb, stage=self.stage, frame=frame, error=error)
+
+    def refusal(self, why: str) -> Reply:
+        return Reply(ok=False, verb=self.verb, stage=self.stage, error=why)
+
 
 class Supervisor:
-    """One run, from `run` to its end. Raises PipelineError from its construction if the name is taken."""
+    """One run, from `run` to its end."""
 
     def __init__(
         self,
@@ -158,7 +169,8 @@ class Supervisor:
         self._state: RunState = "starting"
         self._error = ""
         self._clean = True
-        self._crashed = False  # a stage with a traceback, which is in its log
+        self._muted = False
+        self._keep_logs = False
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
         self._mic_to_speaker = Durations()
         self._drift = accounting.Drift()
@@ -168,8 +180,6 @@ class Supervisor:
         self._began_ns = clock()
         self._stop_at_ns: int | None = None
         self._drained_by_ns: int | None = None
-        self._signal_read, self._signal_write = socket.socketpair()
-        self._alive_read, self._alive_write = os.pipe()
         self._rings: dict[str, Ring] = {}
         self._hub: Hub | None = None
         self.final: StatusReport | None = None
@@ -182,8 +192,13 @@ class Supervisor:
         return self._hub
 
     def run(self) -> int:
-        """Carry out the run; returns its exit code: 0 if it was clean. Raises PipelineError if it cannot begin."""
+        """Carry out the run; returns its exit code: 0 if it was clean.
+
+        Raises PipelineError if the name is taken or the run cannot begin.
+        """
         self._folder.lock()
+        self._signal_read, self._signal_write = socket.socketpair()
+        self._alive_read, self._alive_write = os.pipe()
         try:
             self._make()
             self._catch_signals()
@@ -279,6 +294,9 @@ class Supervisor:
         self._state = "stopped"
 
     def _farewell(self) -> None:
+        for waiting in self._waiting.values():
+            error = f"the run ended before {waiting.stage} acknowledged {waiting.verb}"
+            self.hub.reply(waiting.address, waiting.refusal(error))
         for address in self._farewells:
             self.hub.reply(address, Reply(ok=True, verb="shutdown", status=self.final))
 
@@ -293,7 +311,7 @@ class Supervisor:
             self._hub.close()
         for ring in self._rings.values():
             ring.close()
-        self._folder.release(keep_logs=self._crashed)
+        self._folder.release(keep_logs=self._keep_logs)
         signal.set_wakeup_fd(-1)
         self._signal_read.close()
         self._signal_write.close()
@@ -329,7 +347,7 @@ class Supervisor:
             if now >= waiting.until_ns:
                 del self._waiting[request]
                 error = f"{waiting.stage} did not acknowledge {waiting.verb} within {ANSWER_S:g} s"
-                self.hub.reply(waiting.address, Reply(ok=False, verb=waiting.verb, stage=waiting.stage, error=error))
+                self.hub.reply(waiting.address, waiting.refusal(error))
         if self._stop_at_ns is not None and now >= self._stop_at_ns:
             self._stop_at_ns = None
             self.hub.order("capture", Finish())
@@ -342,20 +360,26 @@ class Supervisor:
                 continue
             self._clean = False
             name, code = stage.process.name, stage.popen.returncode
-            self._crashed = self._crashed or code == EXIT_CRASHED
+            log = self._folder.log(name)
+            said = stage.state != "fatal" and log.exists() and log.stat().st_size > 0
+            self._keep_logs = self._keep_logs or said
+            where = f"; its messages are in {log}" if said else ""
             if stage.state == "fatal":
                 how = f"{name}: {stage.detail}"
             elif code < 0:
-                how = f"{name} was ended by {signal.Signals(-code).name}"
+                how = f"{name} was ended by {signal.Signals(-code).name}{where}"
             else:
-                how = f"{name} stopped with exit code {code}; its messages are in {self._folder.log(name)}"
+                how = f"{name} stopped with exit code {code}{where}"
             if not stage.was_ready:
                 self._end(how if stage.state == "fatal" else f"{how}, before it was ready")
-            elif stage.restarts >= RESTARTS_MAX:
+            elif stage.strikes >= RESTARTS_MAX:
                 self._set_state(stage, "fatal")
                 self._end(f"{how}, after {RESTARTS_MAX} restarts")
             else:
-                delay_s = min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2**stage.restarts)
+                if self._clock() - stage.ready_ns > HEALTHY_S * NS_PER_S:
+                    stage.strikes = 0
+                delay_s = min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2**stage.strikes)
+                stage.strikes += 1
                 stage.restarts += 1
                 stage.restart_at_ns = self._clock() + round(delay_s * NS_PER_S)
                 self._set_state(stage, "backoff")
@@ -383,10 +407,7 @@ class Supervisor:
                     self._on_log(stage, level, message)
                 case Acknowledged(request=request) if request in self._waiting:
                     waiting = self._waiting.pop(request)
-                    self.hub.reply(
-                        waiting.address,
-                        Reply(ok=True, verb=waiting.verb, stage=waiting.stage, frame=report.frame),
-                    )
+                    self.hub.reply(waiting.address, waiting.reply(report))
                 case Heartbeat(stage=name, device_latency_ms=latency_ms):
                     self._stages[name].device_latency_ms = latency_ms
                 case Finished(stage=name):
@@ -403,16 +424,22 @@ class Supervisor:
 
     def _stage_said(self, record: StageRecord) -> None:
         stage = self._stages[record.stage]
+        if stage.state == "backoff":
+            return  # said before it died
         stage.state = record.state
         stage.detail = record.detail
         stage.device_latency_ms = record.device_latency_ms
         if record.state != "ready":
             return
         stage.was_ready = True
+        stage.ready_ns = self._clock()
         if self._state == "running":
             self._on_log(record.stage, "info", f"ready again: {record.detail}")
+            if record.stage == "capture" and self._muted:
+                # Before Start: not one block of it is to be heard.
+                self.hub.order("capture", Apply(request=0, command=Mute()))
             self.hub.order(record.stage, Start())
-        elif all(other.state == "ready" for other in self._stages.values()):
+        elif self._state == "starting" and all(other.state == "ready" for other in self._stages.values()):
             self._state = "running"
             for process in PROCESSES:
                 self._on_log(process.name, "info", f"ready: {self._stages[process.name].detail}")
@@ -464,6 +491,8 @@ class Supervisor:
             self._end()
         else:
             name = CARRIED_OUT_BY[type(command)]
+            if isinstance(command, Mute | Unmute):
+                self._muted = isinstance(command, Mute)
             stage = self._stages[name]
             if stage.state != "running":
                 error = f"{name} is {stage.state}, not running"

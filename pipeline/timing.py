@@ -50,18 +50,16 @@ class Durations:
         self._histogram.record_value(min(_LONGEST_US, max(1, round(duration_ms * 1_000))))
         self._late += duration_ms > FRAME_MS
 
-    def _at(self, percentile: float) -> float:
-        return float(self._histogram.get_value_at_percentile(percentile)) / 1_000
-
     def spread(self) -> Spread:
         """What was counted so far."""
         if not self._histogram.get_total_count():
             return Spread()
+        at_us = self._histogram.get_percentile_to_value_dict([50, 95, 99])
         return Spread(
             frames=self._histogram.get_total_count(),
-            p50_ms=self._at(50),
-            p95_ms=self._at(95),
-            p99_ms=self._at(99),
+            p50_ms=at_us[50] / 1_000,
+            p95_ms=at_us[95] / 1_000,
+            p99_ms=at_us[99] / 1_000,
             max_ms=self._histogram.get_max_value() / 1_000,
         )
 

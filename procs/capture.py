@@ -5,7 +5,7 @@ from pipeline.audio import make_fit
 from pipeline.control import HasFileno
 from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, Mute, TimingRecord, Unmute, XrunRecord
-from pipeline.ring import RingReader, RingWriter, Samples
+from pipeline.ring import Anchor, RingWriter, Samples
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, SAMPLE_RATE
 from pipeline.worker import Context
@@ -19,7 +19,6 @@ class Capture:
         self._context = context
         self._ring = context.rings["capture"]
         self._writer = RingWriter(self._ring)
-        self._consumed = RingReader(self._ring)
         self._bell = context.bell
         self._device: devices.Input = devices.Unopened()
         self._muted = False
@@ -65,8 +64,8 @@ class Capture:
         while start < count:
             position = writer.position
             into = position % FRAME
-            if into == 0:
-                self._captured_ns = adc_ns + start * NS_PER_S // SAMPLE_RATE
+            if into == 0 or not self._captured_ns:
+                self._captured_ns = adc_ns + (start - into) * NS_PER_S // SAMPLE_RATE
             stop = min(count, start + FRAME - into)
             completes = into + stop - start == FRAME
             if completes:
@@ -109,7 +108,9 @@ class Capture:
         self._device.stop()
         missing = -self._writer.position % FRAME
         if missing:
-            self.on_block(devices.silence(missing), now_ns(), xrun=False)
+            last = self._ring.anchor or Anchor(self._writer.position, now_ns())
+            since = self._writer.position - last.position
+            self.on_block(devices.silence(missing), last.time_ns + since * NS_PER_S // SAMPLE_RATE, xrun=False)
         self._writer.end()
         self._bell.ring()
         self._context.report(Finished(stage="capture"))

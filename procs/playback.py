@@ -1,5 +1,6 @@
 """The playback stage: the playback ring to the speaker, gaps concealed, and a record of all that was sent."""
 
+import sys
 import time
 
 import numpy as np
@@ -42,7 +43,8 @@ class Player:
         """How long a frame waits, after silence, before its first sample is sent."""
         self._queue = queue_frames * FRAME
         self._playing = False
-        self._disturbed = False
+        self._sounding = False
+        self._disturbed = self._source.position > 0
         self._leaving = False
         self._rise = rising()
         self._fall = falling()
@@ -51,7 +53,7 @@ class Player:
         self._faded = FADE
         self._risen = FADE
         self._waits = 0
-        self._least_wait_ns = FRAME_NS
+        self._least_wait_ns = sys.maxsize
         self.last_sound_ns = 0
         """When the last sample of the model's that was sent so far reaches the speaker."""
 
@@ -107,6 +109,7 @@ class Player:
             if got == 0:
                 break
             self._blend(part[:got])
+            self._sounding = True
             filled += got
         if filled:
             self.last_sound_ns = dac_ns + filled * NS_PER_S // SAMPLE_RATE
@@ -115,12 +118,13 @@ class Player:
     def _may_begin(self) -> bool:
         """After silence: whether a frame is there that has waited for as long as the next ones may be late."""
         source = self._source
-        if source.available < FRAME:
+        if source.available < FRAME - source.position % FRAME:
             return False
         oldest = self._ring.mark(source.position // FRAME)
         if oldest is not None and now_ns() - oldest.end_ns < self.prebuffer_ns and source.available < 2 * FRAME:
             return False
         self._playing = True
+        self._sounding = False
         if self._disturbed:
             self._risen = 0
         return True
@@ -154,17 +158,22 @@ class Player:
         if self._waits < _WAITS:
             return 0
         surplus_ns = self._least_wait_ns - self.prebuffer_ns - _SLACK_NS
-        self._waits, self._least_wait_ns = 0, FRAME_NS
+        self._waits, self._least_wait_ns = 0, sys.maxsize
         return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if self._disturbed else 0
 
     def _skip(self, count: int) -> None:
         """Pass over `count` samples, at least FADE, fading from the first of them into what follows."""
         source = self._source
-        faded = source.read(self._fading)
-        source.drop(faded)
-        source.skip(count - faded)
-        self._fading *= self._fall
-        self._faded = self._risen = 0
+        before = source.position
+        # From silence there is nothing to fade out, and a fade out that is under way goes on.
+        if self._sounding and self._faded == FADE:
+            source.drop(source.read(self._fading))
+            self._fading *= self._fall
+            if self._risen < FADE:
+                self._fading *= self._rise[self._risen]
+            self._faded = 0
+        source.skip(max(0, count - (source.position - before)))
+        self._risen = 0
 
     def _begin_gap(self) -> None:
         if not self._leaving and not self._source.ended:

@@ -1,6 +1,6 @@
 """A writer in a process of its own, each of whose samples carries its own position.
 
-    python -m tests.ring_writer SEGMENT SAMPLES SEED [--block N] [--pause-every N] [--die-at-fence N]
+python -m tests.ring_writer SEGMENT SAMPLES SEED [--block N] [--pause-every N] [--die-at-fence N]
 """
 
 import argparse

@@ -1,0 +1,443 @@
+"""pipeline.control: hub, stage links, requests and subscriptions over real ipc sockets."""
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from pipeline import messages
+from pipeline.control import Hub, StageLink, Subscription, request
+from pipeline.errors import ControlError
+from pipeline.messages import Apply, Heartbeat, Mute, Order, Reply, Start, Stop
+from pipeline.runtime import RunFolder
+from tests import helpers
+from tests.helpers import PATIENCE_S, received, wait_until
+
+folder = helpers.folder
+runtime_dir = helpers.runtime_dir
+
+
+@pytest.fixture
+def hub(folder: RunFolder) -> Iterator[Hub]:
+    hub = Hub(folder.control, folder.events, folder.stages)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def connect(folder: RunFolder, hub: Hub) -> Iterator[Callable[[str], StageLink]]:
+    """Make a stage's line, and wait until the hub knows it."""
+    links: list[StageLink] = []
+
+    def connect(stage: str) -> StageLink:
+        link = StageLink(folder.stages, stage)
+        links.append(link)
+        link.report(Heartbeat(stage=stage))  # type: ignore[arg-type]
+        assert received(hub, 1) == [Heartbeat(stage=stage)]  # type: ignore[arg-type]
+        return link
+
+    yield connect
+    for link in links:
+        link.close()
+
+
+@contextlib.contextmanager
+def serving(hub: Hub, answer: Callable[[bytes], Reply]) -> Iterator[None]:
+    """The hub's loop in a thread, as the supervisor runs it in its own."""
+    over = threading.Event()
+
+    def serve() -> None:
+        while not over.is_set():
+            hub.wait(0.02)
+            for address, data in hub.commands():
+                hub.reply(address, answer(data))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def raw(folder: RunFolder, kind: int = zmq.DEALER) -> Iterator["zmq.Socket[bytes]"]:
+    """A client that speaks ZeroMQ, but not necessarily this program's language."""
+    with zmq.Context() as context, context.socket(kind) as client:
+        client.setsockopt(zmq.LINGER, 0)
+        client.connect(f"ipc://{folder.control}")
+        yield client
+
+
+def orders(link: StageLink, count: int) -> list[Order]:
+    found: list[Order] = []
+
+    def enough() -> bool:
+        link.wait(0.01)
+        found.extend(link.orders())
+        return len(found) >= count
+
+    wait_until(enough, f"{count} orders")
+    return found
+
+
+# Stages
+
+
+def test_orders_reach_the_stage_that_they_are_for(hub: Hub, connect: Callable[[str], StageLink]) -> None:
+    links = {stage: connect(stage) for stage in ("playback", "inference", "capture")}
+    apply = Apply(request=7, command=Mute())
+    hub.order("capture", apply)
+    hub.order("playback", Start())
+    hub.order("inference", Stop())
+    hub.order("capture", Stop())
+    assert orders(links["capture"], 2) == [apply, Stop()]
+    assert orders(links["playback"], 1) == [Start()]
+    assert orders(links["inference"], 1) == [Stop()]
+    assert [list(link.orders()) for link in links.values()] == [[], [], []]
+
+
+def test_an_order_to_a_stage_that_is_not_there_is_lost(hub: Hub, connect: Callable[[str], StageLink]) -> None:
+    hub.order("capture", Start())
+    link = connect("capture")
+    hub.order("capture", Stop())
+    assert orders(link, 1) == [Stop()]
+
+
+def test_a_restarted_stage_takes_over_its_name(hub: Hub, connect: Callable[[str], StageLink]) -> None:
+    dead = connect("capture")
+    successor = connect("capture")
+    hub.order("capture", Start())
+    assert orders(successor, 1) == [Start()]
+    assert list(dead.orders()) == []
+
+
+def test_reports_come_in_order_and_whole(hub: Hub, connect: Callable[[str], StageLink]) -> None:
+    link = connect("inference")
+    sent: list[messages.Report] = [messages.TextRecord(frame=n, text="é" * n, time_ns=n) for n in range(50)]
+    for report in sent:
+        link.report(report)
+    assert received(hub, 50) == sent
+    assert link.lost == 0
+
+
+def test_a_report_never_waits_where_there_is_no_supervisor(folder: RunFolder) -> None:
+    link = StageLink(folder.stages, "capture")
+    begun = time.thread_time_ns()
+    for _ in range(5_000):
+        link.report(Heartbeat(stage="capture"))
+    assert time.thread_time_ns() > begun  # it came to here
+    assert 0 < link.lost < 5_000
+    kept = 5_000 - link.lost
+    link.report(Heartbeat(stage="capture"))
+    assert link.lost == 5_000 - kept + 1
+    # What is kept is bounded, and reaches a supervisor that comes later.
+    hub = Hub(folder.control, folder.events, folder.stages)
+    assert len(received(hub, kept)) == kept
+    link.close()
+    hub.close()
+
+
+def test_a_report_never_waits_for_a_supervisor_that_does_not_read(folder: RunFolder, hub: Hub) -> None:
+    link = StageLink(folder.stages, "capture")
+    for _ in range(30_000):
+        link.report(messages.LogRecord(stage="capture", level="info", message="x" * 500, time_ns=0))
+    assert link.lost > 0
+    read = sum(1 for _ in hub.reports())
+    assert read > 0
+    link.close()
+
+
+def test_a_watched_descriptor_ends_a_wait(folder: RunFolder) -> None:
+    link = StageLink(folder.stages, "capture")
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as source, os.fdopen(write, "wb", buffering=0) as sink:
+        link.watch(source)
+        assert link.wait(0) == set()
+        sink.write(b"x")
+        assert link.wait(PATIENCE_S) == {source.fileno()}
+    link.close()
+
+
+# Clients
+
+
+def test_each_client_gets_its_own_reply(folder: RunFolder, hub: Hub) -> None:
+    def answer(data: bytes) -> Reply:
+        return Reply(ok=True, verb=data.decode())
+
+    replies: dict[str, str] = {}
+
+    def ask(name: str) -> None:
+        for number in range(10):
+            sent = f"{name}-{number}"
+            replies[sent] = request(folder.control, sent.encode(), PATIENCE_S).verb
+
+    with serving(hub, answer):
+        threads = [threading.Thread(target=ask, args=(f"client{index}",)) for index in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(replies) == 60
+    assert all(sent == got for sent, got in replies.items())
+
+
+def test_replies_in_another_order_than_the_requests(folder: RunFolder, hub: Hub) -> None:
+    with raw(folder) as first, raw(folder) as second:
+        first.send_multipart([b"", b"first"])
+        second.send_multipart([b"", b"second"])
+        came: dict[bytes, list[bytes]] = {}
+
+        def both() -> bool:
+            hub.wait(0.01)
+            came.update({data: address for address, data in hub.commands()})
+            return len(came) == 2
+
+        wait_until(both, "both requests")
+        hub.reply(came[b"second"], Reply(ok=True, verb="second"))
+        hub.reply(came[b"first"], Reply(ok=True, verb="first"))
+        for client, name in ((first, "first"), (second, "second")):
+            assert client.poll(1_000 * int(PATIENCE_S))
+            assert messages.decode_reply(client.recv_multipart()[-1]).verb == name
+
+
+def test_a_client_that_is_gone_does_no_harm(folder: RunFolder, hub: Hub) -> None:
+    with raw(folder) as client:
+        client.send_multipart([b"", b"status"])
+        came: list[list[bytes]] = []
+
+        def asked() -> bool:
+            hub.wait(0.01)
+            came.extend(address for address, _ in hub.commands())
+            return bool(came)
+
+        wait_until(asked, "the request")
+    hub.reply(came[0], Reply(ok=True))
+    hub.reply([b"never there"], Reply(ok=True))
+    with serving(hub, lambda _: Reply(ok=True, verb="still here")):
+        assert request(folder.control, b"{}", PATIENCE_S).verb == "still here"
+
+
+def test_garbage_leaves_the_hub_serving(folder: RunFolder, hub: Hub) -> None:
+    def answer(data: bytes) -> Reply:
+        try:
+            return Reply(ok=True, verb=type(messages.decode_command(data)).__name__)
+        except ValueError as error:
+            return Reply(ok=False, error=str(error))
+
+    with serving(hub, answer):
+        for parts in (
+            [b""],
+            [b"", b""],
+            [b"garbage"],
+            [b"\x00\xff" * 1_000],
+            [b"", b"{"],
+            [b"a", b"b", b"", b"c", b'{"verb": "dance"}'],
+            [b"x"] * 500,
+            [b"", b"[" * 100_000],
+        ):
+            with raw(folder) as client:
+                client.send_multipart(parts)
+                assert client.poll(1_000 * int(PATIENCE_S)), parts[:3]
+                reply = messages.decode_reply(client.recv_multipart()[-1])
+                assert not reply.ok
+                assert reply.error
+        with raw(folder) as client:
+            client.send_multipart([b"", b"x" * (1 << 20) + b"x"])  # larger than any message may be
+            assert not client.poll(100)
+        with raw(folder) as client:
+            client.send_multipart([b"", b"x" * ((1 << 20) - 10)])
+            assert client.poll(1_000 * int(PATIENCE_S))
+        with raw(folder, zmq.PUSH) as client, contextlib.suppress(zmq.Again):
+            client.send(b"of another pattern", zmq.NOBLOCK)
+        with contextlib.closing(unix_socket(folder.control)) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert request(folder.control, b'{"verb": "status"}', PATIENCE_S) == Reply(ok=True, verb="Status")
+
+
+def unix_socket(path: Path) -> socket.socket:
+    plain = socket.socket(socket.AF_UNIX)
+    plain.connect(str(path))
+    return plain
+
+
+def test_a_run_that_is_not_up_is_said_so(folder: RunFolder) -> None:
+    with pytest.raises(ControlError) as refused:
+        request(folder.control, b"{}", 0.1)
+    assert str(refused.value) == "no run is up under 't': start one with `pipeline up`"
+
+
+@pytest.mark.parametrize("left", ["a hub that does not answer", "a socket that no one listens to", "a file"])
+def test_a_run_that_does_not_answer_is_said_so(folder: RunFolder, left: str) -> None:
+    hub = None
+    if "hub" in left:
+        hub = Hub(folder.control, folder.events, folder.stages)
+    elif "socket" in left:
+        with socket.socket(socket.AF_UNIX) as abandoned:
+            abandoned.bind(str(folder.control))
+    else:
+        folder.control.touch()
+    with pytest.raises(ControlError) as refused:
+        request(folder.control, b"{}", 0.1)
+    assert str(refused.value) == "the run 't' did not answer within 0.1 s"
+    if hub is not None:
+        hub.close()
+
+
+# Monitors
+
+
+def events_until(hub: Hub, subscription: Subscription, last: str) -> list[tuple[str, str]]:
+    """What a subscriber gets, up to the topic `last`, which is published for as long as it does not come."""
+    found: list[tuple[str, str]] = []
+
+    def came() -> bool:
+        hub.wait(0)
+        hub.publish(last, b"0")
+        while (event := subscription.receive(0.01)) is not None:
+            found.append((event[0], event[1].decode()))
+        return any(topic == last for topic, _ in found)
+
+    wait_until(came, last)
+    return [event for event in found if event[0] != last]
+
+
+def test_a_late_subscriber_is_told_the_last_state_of_each_stage(folder: RunFolder, hub: Hub) -> None:
+    for topic, record in (
+        ("state.capture", b'"starting"'),
+        ("state.playback", b'"ready"'),
+        ("timing.capture", b"1"),
+        ("text", b'"gone"'),
+        ("state.capture", b'"ready"'),
+        ("xrun", b"2"),
+    ):
+        hub.publish(topic, record)
+    subscription = Subscription(folder.events)
+    assert events_until(hub, subscription, "end") == [("state.capture", '"ready"'), ("state.playback", '"ready"')]
+    hub.publish("text", b'"now"')
+    assert subscription.receive(PATIENCE_S) is not None
+    subscription.close()
+
+
+@pytest.mark.parametrize(
+    ("topics", "told"),
+    [
+        (("state.capture", "end"), ["state.capture"]),
+        (("state.", "end"), ["state.capture", "state.inference"]),
+        (("text", "end"), []),
+        (("state.play", "timing", "end"), []),
+    ],
+)
+def test_a_subscriber_is_told_only_what_it_asked_for(
+    folder: RunFolder, hub: Hub, topics: tuple[str, ...], told: list[str]
+) -> None:
+    for stage in ("capture", "inference"):
+        hub.publish(f"state.{stage}", b'"running"')
+    subscription = Subscription(folder.events, topics)
+    assert [topic for topic, _ in events_until(hub, subscription, "end")] == told
+    hub.publish("log.capture", b"{}")
+    assert [topic for topic, _ in events_until(hub, subscription, "end")] == []
+    subscription.close()
+
+
+def test_the_second_subscriber_of_a_topic_is_told_too(folder: RunFolder, hub: Hub) -> None:
+    hub.publish("state.capture", b'"running"')
+    first = Subscription(folder.events, ("state.capture", "end"))
+    assert ("state.capture", '"running"') in events_until(hub, first, "end")
+    second = Subscription(folder.events, ("state.capture", "end"))
+    assert ("state.capture", '"running"') in events_until(hub, second, "end")
+    first.close()
+    second.close()
+
+
+def test_a_subscriber_may_come_before_the_run(folder: RunFolder) -> None:
+    subscription = Subscription(folder.events, ("state.", "end"))
+    assert subscription.receive(0) is None
+    hub = Hub(folder.control, folder.events, folder.stages)
+    hub.publish("state.capture", b'"starting"')
+    assert ("state.capture", '"starting"') in events_until(hub, subscription, "end")
+    subscription.close()
+    hub.close()
+
+
+def test_a_subscriber_that_never_reads_costs_nothing(folder: RunFolder, hub: Hub) -> None:
+    reader = Subscription(folder.events, ("end",))
+    lazy = Subscription(folder.events)
+    events_until(hub, reader, "end")
+    record = json.dumps({"padding": "x" * 200}).encode()
+    process = psutil.Process()
+    for _ in range(20_000):
+        hub.publish("timing.capture", record)
+    before = process.memory_info().rss
+    for _ in range(80_000):
+        hub.publish("timing.capture", record)
+    assert process.memory_info().rss - before < 8 << 20  # of 16 MB that were published
+    events_until(hub, reader, "end")  # others get theirs
+    assert lazy.receive(PATIENCE_S) is not None
+    reader.close()
+    lazy.close()
+
+
+def test_a_subscriber_that_talks_back_does_no_harm(folder: RunFolder, hub: Hub) -> None:
+    hub.publish("state.capture", b'"running"')
+    with zmq.Context() as context, context.socket(zmq.XSUB) as talker:
+        talker.setsockopt(zmq.LINGER, 0)
+        talker.connect(f"ipc://{folder.events}")
+        for message in (b"", b"\x01", b"\x00", b"\x01state.", b"\x02nonsense", b"\x01" + b"x" * 10_000):
+            talker.send(message)
+        talker.send_multipart([b"\x01", b"\x01state.", b"more"])
+        subscription = Subscription(folder.events)
+        assert ("state.capture", '"running"') in events_until(hub, subscription, "end")
+        subscription.close()
+
+
+# The sockets themselves
+
+
+def test_no_one_else_can_open_the_sockets(folder: RunFolder) -> None:
+    before = os.umask(0)
+    try:
+        hub = Hub(folder.control, folder.events, folder.stages)
+        assert os.umask(0) == 0  # as it was
+    finally:
+        os.umask(before)
+    for path in (folder.control, folder.events, folder.stages):
+        found = path.stat()
+        assert stat.S_ISSOCK(found.st_mode)
+        assert stat.S_IMODE(found.st_mode) & 0o077 == 0
+    hub.close()
+
+
+def test_sockets_of_a_dead_run_are_taken_over(folder: RunFolder) -> None:
+    make = "from pathlib import Path; import os, sys; from pipeline.control import Hub; "
+    make += "hub = Hub(*map(Path, sys.argv[1:])); os.kill(os.getpid(), 9)"
+    paths = (folder.control, folder.events, folder.stages)
+    subprocess.run([sys.executable, "-c", make, *map(str, paths)], check=False)
+    assert all(path.exists() for path in paths)
+    hub = Hub(*paths)
+    with serving(hub, lambda _: Reply(ok=True, verb="mine")):
+        assert request(folder.control, b"{}", PATIENCE_S).verb == "mine"
+    hub.close()
+
+
+def test_a_socket_that_cannot_be_made_is_one_clear_line(folder: RunFolder) -> None:
+    missing = folder.path / "no" / "folder"
+    os.umask(before := os.umask(0))
+    with pytest.raises(ControlError) as refused:
+        Hub(missing / "control.ipc", missing / "events.ipc", missing / "stages.ipc")
+    assert str(refused.value).startswith(f"socket in {missing} cannot be made: ")
+    assert "\n" not in str(refused.value)
+    assert os.umask(before) == before

@@ -1,0 +1,677 @@
+"""procs.playback.Player, driven by hand, block by block, over real rings."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline import accounting, ring
+from pipeline.audio import FADE, Samples
+from pipeline.messages import Accounting
+from pipeline.ring import Mark, Ring, RingReader, RingWriter
+from pipeline.timing import NS_PER_MS, NS_PER_S
+from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
+from procs import playback
+from procs.playback import Player
+from tests.helpers import largest_step, speech_like, temporary_ring, tone
+
+BEGAN_NS: Final = 1_000 * NS_PER_S
+"""When the device converts the first sample, on a clock that the tests turn by hand."""
+
+CAPTURED_NS: Final = BEGAN_NS - 30_000_000
+"""When the microphone converted the first sample of frame 0. Frame n is n frames younger."""
+
+
+def captured_ns(frame: int) -> int:
+    return CAPTURED_NS + frame * FRAME_NS
+
+
+class Rig:
+    """A player between its two rings. Frames arrive and blocks are asked for as a test says."""
+
+    def __init__(self, capture: Ring, source: Ring, heard: Ring, generated: Samples, queue_frames: int) -> None:
+        self.capture, self.source, self.heard = capture, source, heard
+        self.generated = generated
+        self.queue_frames = queue_frames
+        self.writer = RingWriter(source)
+        self.asked = 0
+        self.sent: list[Samples] = []
+        self.player = self.successor()
+        self._everything = RingReader(heard)
+
+    def successor(self, prebuffer_ns: int = 0) -> Player:
+        """What a new playback process makes on these rings. The old one, if there was one, is gone."""
+        self.player = Player(self.source, self.heard, prebuffer_ns, self.queue_frames)
+        return self.player
+
+    def arrive(self, frames: int = 1, waited_ns: int = FRAME_NS) -> None:
+        """The next `frames` frames of `generated` come into the ring, whole, as the inference stage writes them.
+
+        They came `waited_ns` ago, so that no prebuffer keeps them where a test does not want it.
+        """
+        for _ in range(frames):
+            number = self.writer.position // FRAME
+            self.writer.mark(number * FRAME, number, captured_ns(number), start_ns=0, end_ns=self.now_ns() - waited_ns)
+            self.writer.write(self.generated[number * FRAME : (number + 1) * FRAME])
+
+    def now_ns(self) -> int:
+        return BEGAN_NS + self.asked * NS_PER_S // SAMPLE_RATE
+
+    def block(self, count: int, *, xrun: bool = False) -> Samples:
+        """One callback of the device."""
+        out = np.full(count, np.nan, np.float32)  # what is not filled shows
+        self.player.fill(out, self.now_ns(), xrun)
+        self.asked += count
+        self.sent.append(out)
+        return out
+
+    def blocks(self, samples: int, count: int = 120) -> None:
+        """As many callbacks of `count` as make `samples`."""
+        assert samples % count == 0
+        for _ in range(samples // count):
+            self.block(count)
+
+    @property
+    def output(self) -> Samples:
+        return np.concatenate(self.sent)
+
+    def marks(self) -> list[Mark]:
+        found = [self.heard.mark(index) for index in range(self.heard.mark_count)]
+        assert None not in found
+        return [mark for mark in found if mark is not None]
+
+    def account(self) -> Accounting:
+        counts, _ = accounting.read(self.capture, self.source, self.heard)
+        return counts
+
+    def assert_exact(self) -> Accounting:
+        """Every sample is accounted for, in numbers that can be: none is negative."""
+        counts = self.account()
+        assert counts.discrepancies() == []
+        assert counts.waiting_out >= 0
+        assert min(counts.played, counts.skipped, counts.concealed) >= 0
+        assert counts.generated == self.writer.position
+        assert counts.sent == self.asked
+        return counts
+
+    def heard_samples(self) -> Samples:
+        """What a recorder that taps `heard` has got since the last time."""
+        out = np.empty(self._everything.available, np.float32)
+        assert self._everything.read(out) == len(out)
+        assert self._everything.lost == 0
+        return out
+
+
+@contextlib.contextmanager
+def a_rig(generated: Samples, queue_frames: int = 3, frames: int = 150) -> Iterator[Rig]:
+    """A rig, and its clock in place of the monotonic one: it shows when the device asks for the next block."""
+    with (
+        temporary_ring(2) as capture,
+        temporary_ring(frames) as source,
+        temporary_ring(300) as heard,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        rig = Rig(capture, source, heard, generated, queue_frames)
+        patch.setattr(playback, "now_ns", rig.now_ns)
+        yield rig
+
+
+def step_allowed(signal: Samples) -> float:
+    """The signal's own largest step, and what a raised cosine of FADE samples adds to it by its slope."""
+    return largest_step(signal) + float(np.abs(signal).max()) * np.pi / (FADE + 1)
+
+
+def first_sample(mark: Mark) -> int:
+    """The position, in `generated`, of the first sample that a mark in `heard` is about: a frame may be cut short."""
+    into_ns = mark.captured_ns - captured_ns(mark.frame)
+    assert 0 <= into_ns < FRAME_NS
+    return mark.frame * FRAME + -(-into_ns * SAMPLE_RATE // NS_PER_S)
+
+
+def assert_played_as_generated(rig: Rig) -> None:
+    """Each frame that the marks say was sent is in the output as it was generated, but for the fades at joints."""
+    output = rig.output
+    is_signal = np.zeros(len(output), bool)
+    next_in, next_out = 0, 0
+    for mark in rig.marks():
+        first, stop = first_sample(mark), (mark.frame + 1) * FRAME
+        contiguous = first == next_in and (mark.position == next_out or next_in == 0)
+        assert first >= next_in
+        assert mark.position >= next_out
+        intact = 0 if contiguous else FADE
+        sent = output[mark.position : mark.position + stop - first]
+        np.testing.assert_array_equal(sent[intact:], rig.generated[first + intact : first + len(sent)])
+        is_signal[mark.position : mark.position + len(sent)] = True
+        next_in, next_out = stop, mark.position + len(sent)
+    # What is left over is concealment: a fade of FADE samples where sound stopped, and then nothing at all.
+    for start, stop in concealed_spans(is_signal):
+        assert not output[start + (FADE if start else 0) : stop].any()
+
+
+def concealed_spans(is_signal: "np.ndarray[Any, np.dtype[np.bool_]]") -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate(([True], is_signal, [True])).astype(np.int8)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+# Frames in time
+
+
+@pytest.mark.parametrize("size", [1, 7, 120, 240, 479, 1_920, 2_000, 5_000])
+def test_without_a_gap_the_output_is_the_input_after_a_constant_delay(size: int) -> None:
+    frames = 3 if size == 1 else 12
+    generated = speech_like(frames + 1)
+    with a_rig(generated, queue_frames=100) as rig:
+        silence = rig.block(size)
+        assert not silence.any()
+        rig.arrive(frames + 1)
+        while rig.asked + size <= frames * FRAME:
+            rig.block(size)
+        np.testing.assert_array_equal(rig.output[size:], generated[: rig.asked - size])
+        counts = rig.assert_exact()
+        assert (counts.concealed, counts.gaps, counts.skipped) == (size, 0, 0)
+
+
+def test_a_frame_at_a_time_in_step_with_the_device_is_bit_exact() -> None:
+    generated = speech_like(20)
+    with a_rig(generated) as rig:
+        rig.block(480)
+        for _ in range(20):
+            rig.arrive()
+            rig.blocks(FRAME, 480)
+        np.testing.assert_array_equal(rig.output[480:], generated)
+        assert rig.assert_exact().gaps == 0
+
+
+def test_half_a_frame_is_not_begun() -> None:
+    with a_rig(tone(2)) as rig:
+        rig.writer.write(rig.generated[: FRAME - 1])
+        assert not rig.block(480).any()
+        assert rig.assert_exact().waiting_out == FRAME - 1
+
+
+def test_the_first_frame_waits_for_the_prebuffer() -> None:
+    with a_rig(tone(3, phase=1)) as rig:
+        rig.successor(prebuffer_ns=10_000_000)
+        rig.arrive(waited_ns=0)
+        rig.blocks(240, 120)  # 10 ms
+        assert not rig.output.any()
+        assert rig.block(120).all()
+        assert rig.assert_exact().gaps == 0
+
+
+def test_the_first_frame_does_not_wait_where_a_second_is_there() -> None:
+    with a_rig(tone(3, phase=1)) as rig:
+        rig.successor(prebuffer_ns=10_000_000)
+        rig.arrive(2, waited_ns=0)
+        assert rig.block(120).all()
+
+
+# Gaps
+
+
+@pytest.mark.parametrize(
+    "signal", [tone(12), tone(12, hz=97.0, level=1.0), speech_like(12)], ids=["tone", "low", "speech"]
+)
+@pytest.mark.parametrize("size", [1, 37, 120, 600, 1_920, 5_000])
+def test_a_gap_fades_out_to_exact_zeros_and_fades_in_again(signal: Samples, size: int) -> None:
+    with a_rig(signal) as rig:
+        rig.arrive(2)
+        blocks = -(-2 * FRAME // size)
+        for _ in range(blocks):
+            rig.block(size)
+        rest = blocks * size - 2 * FRAME  # of the last block, already concealed
+        while rest < 3 * FADE:
+            rig.block(size)
+            rest += size
+        output = rig.output
+        np.testing.assert_array_equal(output[: 2 * FRAME], signal[: 2 * FRAME])
+        assert output[2 * FRAME : 2 * FRAME + FADE].any()
+        assert not output[2 * FRAME + FADE :].any()
+        rig.arrive(2)
+        resumed = len(output)
+        while rig.asked < resumed + 2 * FRAME:
+            rig.block(size)
+        again = rig.output[resumed : resumed + 2 * FRAME]
+        np.testing.assert_array_equal(again[FADE:], signal[2 * FRAME + FADE : 4 * FRAME])
+        assert abs(again[0]) <= abs(signal[2 * FRAME]) * 1e-4
+        assert (np.abs(again[:FADE]) <= np.abs(signal[2 * FRAME : 2 * FRAME + FADE])).all()
+        assert largest_step(rig.output) <= step_allowed(signal)
+        counts = rig.assert_exact()
+        assert counts.gaps == (2 if rig.asked > resumed + 2 * FRAME else 1)
+        assert counts.concealed == rig.asked - 4 * FRAME
+
+
+def test_the_prebuffer_grows_with_each_gap_up_to_a_frame() -> None:
+    with a_rig(tone(10)) as rig:
+        seen = []
+        for _ in range(9):
+            rig.arrive()
+            rig.blocks(FRAME + 480, 480)
+            seen.append(rig.player.prebuffer_ns)
+        assert seen[0] >= 1_000_000
+        assert seen == sorted(seen)
+        assert seen[-1] == FRAME_NS
+
+
+def test_frames_that_come_back_during_the_fade_blend_into_it() -> None:
+    signal = tone(6)
+    with a_rig(signal) as rig:
+        rig.arrive(2)
+        rig.blocks(2 * FRAME)
+        rig.block(60)  # a quarter of the fade
+        rig.arrive(2)
+        rig.blocks(2 * FRAME)
+        assert largest_step(rig.output) <= step_allowed(signal)
+        assert_played_as_generated(rig)
+        rig.assert_exact()
+
+
+def test_the_end_of_the_stream_is_not_a_gap() -> None:
+    signal = tone(3)
+    with a_rig(signal) as rig:
+        rig.arrive(3)
+        rig.writer.end()
+        rig.blocks(3 * FRAME, 480)
+        assert rig.player.ended
+        rig.blocks(FRAME, 480)
+        counts = rig.assert_exact()
+        assert (counts.gaps, counts.played, counts.waiting_out) == (0, 3 * FRAME, 0)
+        assert largest_step(rig.output) <= step_allowed(signal)
+        assert not rig.output[3 * FRAME + FADE :].any()
+
+
+def test_leave_fades_out_and_takes_no_more() -> None:
+    signal = tone(6)
+    with a_rig(signal, queue_frames=4) as rig:
+        rig.arrive(4)
+        rig.blocks(FRAME, 120)
+        assert not rig.player.silent
+        rig.player.leave()
+        rig.block(120)
+        assert not rig.player.silent
+        rig.block(120)
+        assert rig.player.silent
+        rig.blocks(FRAME, 120)
+        assert largest_step(rig.output) <= step_allowed(signal)
+        assert not rig.output[FRAME + FADE :].any()
+        counts = rig.assert_exact()
+        assert (counts.gaps, counts.played, counts.waiting_out) == (0, FRAME, 3 * FRAME)
+
+
+def test_leaving_before_the_first_frame_is_silent_at_once() -> None:
+    with a_rig(tone(2)) as rig:
+        rig.player.leave()
+        rig.arrive()
+        assert not rig.block(480).any()
+        assert rig.player.silent
+        rig.assert_exact()
+
+
+def test_no_buffer_is_ever_repeated() -> None:
+    generated = speech_like(30, seed=5)
+    with a_rig(generated) as rig:
+        for arrivals in (1, 0, 2, 0, 0, 1, 1, 5, 0, 1, 0, 3, 1, 1, 1):
+            rig.arrive(arrivals)
+            rig.blocks(FRAME, 120)
+        numbers = [mark.frame for mark in rig.marks()]
+        assert numbers == sorted(set(numbers))
+        pieces = [piece.tobytes() for piece in np.lib.stride_tricks.sliding_window_view(rig.output, 32) if piece.any()]
+        assert len(pieces) == len(set(pieces))
+
+
+# Too many frames
+
+
+def test_a_queue_that_is_too_long_is_left_for_the_newest_frame_and_counted() -> None:
+    signal = tone(12)
+    with a_rig(signal, queue_frames=3) as rig:
+        rig.arrive()
+        rig.blocks(FRAME // 2, 120)
+        rig.arrive(6)
+        rig.blocks(FRAME // 2 + FRAME, 120)
+        assert [mark.frame for mark in rig.marks()] == [0, 6]
+        counts = rig.assert_exact()
+        assert (counts.played, counts.skipped, counts.waiting_out) == (2 * FRAME, 5 * FRAME, 0)
+        assert (counts.gaps, counts.concealed) == (0, 0)
+        np.testing.assert_array_equal(rig.output[FRAME + FADE :], signal[6 * FRAME + FADE : 7 * FRAME])
+        assert largest_step(rig.output) <= step_allowed(signal)
+
+
+def test_a_queue_that_is_just_long_enough_is_played() -> None:
+    with a_rig(tone(8), queue_frames=3) as rig:
+        rig.arrive(3)
+        rig.blocks(3 * FRAME)
+        assert rig.assert_exact().skipped == 0
+        assert [mark.frame for mark in rig.marks()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [60, 120, 1_920])
+def test_a_burst_after_a_gap_fades_in_from_silence(size: int) -> None:
+    """As when the model was stalled for half a second and then answered everything at once."""
+    signal = tone(14, phase=1.3)  # frames do not begin near zero
+    with a_rig(signal, queue_frames=3) as rig:
+        rig.arrive(2)
+        rig.blocks(4 * FRAME, size)
+        rig.arrive(8)
+        rig.blocks(FRAME, size)
+        assert [mark.frame for mark in rig.marks()] == [0, 1, 9]
+        assert largest_step(rig.output) <= step_allowed(signal)
+        rig.assert_exact()
+
+
+def test_a_burst_during_the_fade_out_leaves_no_step() -> None:
+    signal = tone(14, phase=1.3)
+    with a_rig(signal, queue_frames=3) as rig:
+        rig.arrive(2)
+        rig.blocks(2 * FRAME, 120)
+        rig.block(60)
+        rig.arrive(8)
+        rig.blocks(FRAME, 120)
+        assert largest_step(rig.output[1:]) <= step_allowed(signal)
+        rig.assert_exact()
+
+
+@pytest.mark.parametrize("burst", [10, 11, 14, 25])
+def test_a_player_that_was_lapped_goes_on_with_the_newest_frame(burst: int) -> None:
+    """The model talks on while the speaker's process is down for longer than the ring holds."""
+    signal = tone(30)
+    with a_rig(signal, queue_frames=3, frames=10) as rig:
+        rig.arrive(burst)
+        rig.blocks(FRAME, 480)
+        counts = rig.assert_exact()
+        assert [mark.frame for mark in rig.marks()] == [burst - 1]
+        assert (counts.played, counts.skipped, counts.waiting_out) == (FRAME, (burst - 1) * FRAME, 0)
+        rig.arrive()
+        rig.blocks(FRAME, 480)
+        assert [mark.frame for mark in rig.marks()] == [burst - 1, burst]
+        rig.assert_exact()
+
+
+@pytest.mark.parametrize("prebuffer_ms", [0, 4, 40])
+@pytest.mark.parametrize("gaps", [1, 5])
+def test_latency_after_a_stall_returns_to_what_it_was(prebuffer_ms: int, gaps: int) -> None:
+    """After each gap come at once the frames that were late, and then one frame a frame for fifteen seconds."""
+    with a_rig(speech_like(250)) as rig:
+        rig.successor(prebuffer_ns=prebuffer_ms * NS_PER_MS)
+
+        def in_time(frames: int) -> int:
+            for _ in range(frames):
+                late = rig.asked // FRAME + 1 - rig.writer.position // FRAME
+                rig.arrive(late, waited_ns=0)
+                rig.blocks(FRAME, 120)
+            mark = rig.marks()[-1]
+            return mark.start_ns - mark.captured_ns
+
+        before_ns = in_time(5)
+        for gap in range(gaps):
+            while rig.account().gaps == gap:
+                rig.blocks(FRAME, 120)
+            in_time(5)
+        after_ns = in_time(185)
+        # The prebuffer may have grown, to a frame at most, and 20 ms are not worth a cut.
+        assert after_ns <= before_ns + FRAME_NS + 20 * NS_PER_MS
+        assert rig.assert_exact().gaps == gaps
+
+
+def test_a_healthy_stream_is_never_cut() -> None:
+    """Whatever its frames wait for: there was no gap that it could have come from."""
+    generated = speech_like(60)
+    with a_rig(generated) as rig:
+        rig.arrive(2)
+        for _ in range(58):
+            rig.arrive()
+            rig.blocks(FRAME, 480)
+        np.testing.assert_array_equal(rig.output, generated[: rig.asked])
+        assert rig.assert_exact().skipped == 0
+
+
+@pytest.mark.parametrize("signal", [tone(80, phase=1.3), speech_like(80)], ids=["tone", "speech"])
+def test_a_cut_leaves_no_step(signal: Samples) -> None:
+    """What a gap added to the latency is cut out of the stream."""
+    with a_rig(signal, queue_frames=3) as rig:
+        rig.arrive(waited_ns=0)
+        rig.blocks(FRAME + 960, 120)
+        rig.arrive(2, waited_ns=0)
+        for _ in range(70):
+            rig.blocks(FRAME, 120)
+            rig.arrive(waited_ns=0)
+        counts = rig.assert_exact()
+        assert counts.skipped >= FADE
+        assert counts.gaps == 1
+        assert_played_as_generated(rig)
+        assert largest_step(rig.output) <= step_allowed(signal)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 5), st.sampled_from([60, 120, 480]))
+def test_no_joint_leaves_a_step(healthy: int, burst: int, size: int) -> None:
+    """A gap, a run of frames in time and a burst, so that a cut and a skip come together or one after the other."""
+    with a_rig(LONG_TONE, queue_frames=3) as rig:
+        rig.arrive(waited_ns=0)
+        rig.blocks(FRAME + 960, size)
+        rig.arrive(2, waited_ns=0)
+        for _ in range(healthy):
+            rig.blocks(FRAME, size)
+            rig.arrive(waited_ns=0)
+        rig.arrive(burst, waited_ns=0)
+        rig.blocks(8 * FRAME, size)
+        rig.arrive(burst, waited_ns=0)
+        rig.blocks(6 * FRAME, size)
+        assert largest_step(rig.output) <= step_allowed(LONG_TONE)
+        assert_played_as_generated(rig)
+        rig.assert_exact()
+
+
+LONG_TONE: Final = tone(50, phase=1.3)
+
+
+# Marks, anchor, counters
+
+
+def test_heard_holds_what_was_sent() -> None:
+    with a_rig(speech_like(12)) as rig:
+        for size, arrivals in ((480, 2), (1_000, 0), (3_000, 1), (77, 6), (2_000, 0), (1, 1), (5_000, 0)):
+            rig.arrive(arrivals)
+            rig.block(size)
+        np.testing.assert_array_equal(rig.heard_samples(), rig.output)
+        assert not np.isnan(rig.output).any()
+
+
+def test_marks_in_heard_say_which_frame_was_sent_and_when() -> None:
+    with a_rig(tone(6)) as rig:
+        rig.block(700)
+        for number in range(2):
+            position = rig.writer.position
+            rig.writer.mark(position, 40 + number, 1_000 + number, start_ns=2_000 + number, end_ns=3_000 + number)
+            rig.writer.write(rig.generated[position : position + FRAME])
+        rig.block(1_000)
+        rig.block(5_000)
+        first, second = rig.marks()
+        assert first == Mark(700, 40, 1_000, BEGAN_NS + 700 * NS_PER_S // SAMPLE_RATE, 3_000)
+        began_ns = BEGAN_NS + 1_700 * NS_PER_S // SAMPLE_RATE  # of the block in which the second frame begins
+        assert second == Mark(700 + FRAME, 41, 1_001, began_ns + (FRAME - 1_000) * NS_PER_S // SAMPLE_RATE, 3_001)
+
+
+def test_each_block_dates_heard() -> None:
+    with a_rig(tone(2)) as rig:
+        rig.block(480)
+        assert rig.heard.anchor == ring.Anchor(0, BEGAN_NS)
+        rig.block(100)
+        assert rig.heard.anchor == ring.Anchor(480, BEGAN_NS + 480 * NS_PER_S // SAMPLE_RATE)
+
+
+def test_xruns_of_the_device_are_counted() -> None:
+    with a_rig(tone(2)) as rig:
+        for xrun in (True, False, True):
+            rig.block(120, xrun=xrun)
+        assert rig.heard.ledger().xruns == 2
+        assert rig.assert_exact().gaps == 0
+
+
+def test_the_last_sound_is_dated() -> None:
+    with a_rig(tone(2)) as rig:
+        rig.arrive()
+        rig.block(2_000)
+        assert rig.player.last_sound_ns == BEGAN_NS + FRAME * NS_PER_S // SAMPLE_RATE
+        rig.block(2_000)
+        assert rig.player.last_sound_ns == BEGAN_NS + FRAME * NS_PER_S // SAMPLE_RATE
+
+
+# Any schedule
+
+Schedule = list[tuple[int, int]]
+"""Frames that arrive, and the size of the block that is asked for then."""
+
+schedules = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5_000)), max_size=20)
+
+
+@settings(max_examples=80, deadline=None)
+@given(schedules, st.integers(2, 6))
+@example([(1, 240), (0, 2_000), (6, 100), (0, 100)], 2)
+@example([(6, 5_000), (6, 1), (6, 1), (6, 5_000)], 3)
+def test_any_schedule_is_accounted_for_exactly(schedule: Schedule, queue_frames: int) -> None:
+    generated = SPEECH[: (1 + sum(frames for frames, _ in schedule)) * FRAME]
+    with a_rig(generated, queue_frames) as rig:
+        for frames, size in schedule:
+            rig.arrive(frames)
+            rig.block(size)
+            rig.assert_exact()
+        if schedule:
+            np.testing.assert_array_equal(rig.heard_samples(), rig.output)
+            assert_played_as_generated(rig)
+
+
+SPEECH: Final = speech_like(130, seed=9)
+
+
+# A successor
+
+
+class _Killed(BaseException):
+    """Stands for kill -9: nothing after it is carried out."""
+
+
+@contextlib.contextmanager
+def killed_at(line: int) -> Iterator[None]:
+    """Kill what runs within, before the `line`th line of the player's or of the ring's code that it comes to."""
+    files = {playback.__file__, ring.__file__}
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                raise _Killed
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def prepare(rig: Rig, scene: str) -> None:
+    """Bring a player to the block in which it is to be killed."""
+    rig.arrive(2)
+    rig.blocks(FRAME, 960)
+    match scene:
+        case "gap":
+            rig.blocks(FRAME, 480)
+        case "boundary":
+            rig.arrive()
+            rig.blocks(FRAME - 480, 480)
+        case "skip":
+            rig.blocks(FRAME - 480, 480)
+            rig.arrive(6)
+        case "return":
+            rig.blocks(FRAME + 480, 480)
+            rig.arrive()
+
+
+def kills(scene: str) -> Iterator[tuple[Rig, int]]:
+    """A rig whose player has just been killed in the middle of a block: for each line at which it can be."""
+    for line in itertools.count():
+        with a_rig(SPEECH, frames=20) as rig:
+            prepare(rig, scene)
+            killed = False
+            out = np.zeros(960, np.float32)
+            try:
+                with killed_at(line):
+                    rig.player.fill(out, rig.now_ns(), xrun=False)
+            except _Killed:
+                killed = True
+            rig.asked = rig.heard.position
+            yield rig, line
+            if not killed:
+                assert line > 30
+                return
+
+
+@pytest.mark.parametrize("scene", ["copy", "gap", "boundary", "skip", "return"])
+def test_accounting_is_exact_with_a_successor_wherever_the_player_was_killed(scene: str) -> None:
+    for rig, line in kills(scene):
+        rig.successor()
+        assert rig.account().discrepancies() == [], f"killed at {line}"
+        rig.assert_exact()
+        for arrivals in (0, 1, 2):
+            rig.arrive(arrivals)
+            rig.blocks(FRAME, 960)
+            rig.assert_exact()
+
+
+@pytest.mark.parametrize("scene", ["copy", "gap", "boundary", "skip", "return"])
+def test_accounting_is_exact_without_a_successor_wherever_the_player_was_killed(scene: str) -> None:
+    """A run may end while its playback stage is down; its last line must be right all the same."""
+    for rig, line in kills(scene):
+        counts = rig.account()
+        assert counts.discrepancies() == [], f"killed at {line}"
+        assert min(counts.waiting_out, counts.concealed) >= 0
+
+
+def test_a_successor_fades_in() -> None:
+    """The predecessor was killed within a frame; the device is silent until the successor has opened it."""
+    signal = tone(8, phase=1.3)
+    with a_rig(signal) as rig:
+        rig.arrive(3)
+        rig.blocks(FRAME // 2, 120)
+        rig.sent.clear()
+        rig.successor()
+        rig.blocks(FRAME, 120)
+        assert largest_step(np.concatenate(([np.float32(0)], rig.output))) <= step_allowed(signal)
+        rig.assert_exact()
+
+
+def test_a_successor_plays_the_rest_of_the_last_frame_and_ends() -> None:
+    with a_rig(tone(3)) as rig:
+        rig.arrive(3)
+        rig.writer.end()
+        rig.blocks(2 * FRAME + 960, 480)
+        rig.successor()
+        rig.blocks(2 * FRAME, 480)
+        assert rig.player.ended
+        assert rig.assert_exact().waiting_out == 0
+
+
+def test_a_successor_goes_on_where_the_predecessor_was() -> None:
+    generated = speech_like(8)
+    with a_rig(generated) as rig:
+        rig.arrive(3)
+        rig.blocks(2 * FRAME, 480)
+        rig.successor()
+        rig.blocks(FRAME, 480)
+        np.testing.assert_array_equal(rig.output[2 * FRAME + FADE :], generated[2 * FRAME + FADE : 3 * FRAME])
+        assert [mark.frame for mark in rig.marks()][-1] == 2
+        assert rig.heard.generation == 2
+        assert rig.assert_exact().gaps == 0
