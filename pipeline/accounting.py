@@ -13,6 +13,8 @@ def read(capture: Ring, playback: Ring, heard: Ring) -> tuple[Accounting, Xruns]
     # Playback's counts are in two rings; it brackets each change of both by heard's version.
     mic = capture.ledger()
     out, sent = heard.steadily(lambda: (playback.ledger(), heard.ledger()))
+    # Playback that was killed in the middle of a change had sent, and taken, what it had not yet counted.
+    torn = heard.changing
     accounting = Accounting(
         captured=mic.written,
         stepped=mic.consumed,
@@ -21,12 +23,12 @@ def read(capture: Ring, playback: Ring, heard: Ring) -> tuple[Accounting, Xruns]
         generated=out.written,
         played=out.consumed,
         skipped=out.dropped,
-        waiting_out=out.waiting,
+        waiting_out=out.written - out.consumed - out.dropped if torn else out.waiting,
         sent=sent.written,
-        # Playback that was killed in the middle of a change had sent what it had not yet counted.
-        concealed=sent.written - out.consumed if heard.changing else sent.concealed,
+        concealed=sent.written - out.consumed if torn else sent.concealed,
         gaps=sent.gaps,
         cleaned=mic.cleaned,
+        cleaned_answers=out.cleaned,
     )
     return accounting, Xruns(capture=mic.xruns, playback=sent.xruns)
 

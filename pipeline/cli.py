@@ -15,16 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import __version__, checkpoints, doctor, hub, messages, report
+from pipeline import __version__, checkpoints, doctor, download, messages, report
 from pipeline import config as settings
 from pipeline.client import Client
 from pipeline.errors import CheckpointError, ControlError, PipelineError
 from pipeline.messages import LogLevel
 from pipeline.runtime import RunFolder
-from pipeline.supervisor import Supervisor
-
-EXIT_REFUSED: Final = 2
-"""Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
+from pipeline.supervisor import EXIT_REFUSED, Supervisor, end_orphans
 
 _READY_S: Final = 600.0
 _LEVEL_STYLE: Final[dict[LogLevel, str]] = {"info": "dim", "warning": "yellow", "error": "red"}
@@ -115,7 +112,7 @@ def _detach(name: str) -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *arguments],
+            [sys.executable, "-P", "-m", "pipeline", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,
@@ -123,18 +120,23 @@ def _detach(name: str) -> int:
         )
         client = Client(name)
         until = time.monotonic() + _READY_S
-        while process.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(ControlError):
-                if client.status().state == "running":
-                    click.echo(f"{name} is up; `pipeline down --name {name}` ends it")
-                    return 0
-            time.sleep(0.05)
+        try:
+            while process.poll() is None and time.monotonic() < until:
+                with contextlib.suppress(ControlError):
+                    found = client.status()
+                    if found.pid == process.pid and found.state == "running":
+                        click.echo(f"{name} is up; `pipeline down --name {name}` ends it")
+                        return 0
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
         if process.poll() is None:
             process.terminate()
             raise ControlError(f"{name} was not running after {_READY_S:g} s")
         said.seek(0)
         sys.stderr.write(said.read().decode())
-        return process.returncode or 1
+        return process.returncode
 
 
 @cli.command()
@@ -147,8 +149,12 @@ def down(name: str, as_json: bool) -> int:
         if not folder.path.exists():
             raise ControlError(f"no run is up under {name!r}, and none has left anything")
         folder.lock()
+        end_orphans(folder)
         folder.release()
-        click.echo(f"no run was up under {name!r}; what a dead one had left is cleared")
+        if as_json:
+            _print_json(None)
+        else:
+            click.echo(f"no run was up under {name!r}; what a dead one had left is cleared")
         return 0
     final = Client(name).send("shutdown", timeout_s=10).status
     if as_json:
@@ -156,7 +162,9 @@ def down(name: str, as_json: bool) -> int:
     elif final is not None:
         out.print(report.summary(final))
     until = time.monotonic() + 5
-    while folder.is_locked() and time.monotonic() < until:
+    while folder.control.exists():
+        if time.monotonic() > until:
+            raise ControlError(f"the run {name!r} has stopped its stages, but does not end")
         time.sleep(0.01)
     return 0
 
@@ -187,7 +195,7 @@ def send(name: str, as_json: bool, verb: str, values: tuple[str, ...]) -> int:
         if not separator:
             raise ControlError(f"value {pair!r}: expected KEY=VALUE")
         pairs[key] = value
-    reply = Client(name).send(verb, **pairs)
+    reply = Client(name).send(verb, pairs)
     if as_json:
         _print_json(reply)
     elif reply.stage:
@@ -270,7 +278,7 @@ def pull(repo: str | None, quality: str | None) -> int:
     chosen = quality or next((name for name in checkpoints.QUALITIES if repo and repo.endswith(name)), "q4")
     official = checkpoints.QUALITIES[chosen]
     err.print(f"{repo or official.repo}, {chosen}: about {official.download_bytes / 1e9:.1f} GB to download")
-    folder = hub.pull(repo or official.repo, chosen)
+    folder = download.pull(repo or official.repo, chosen)
     checkpoints.find(repo or official.repo, chosen)
     click.echo(f"{folder}: complete")
     return 0

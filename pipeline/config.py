@@ -14,7 +14,7 @@ DEFAULT_FILE: Final = Path("run.toml")
 
 EngineName = Literal["moshi", "echo"]
 Quality = Literal["q4", "q8", "bf16"]
-Milliseconds = Annotated[float, Meta(ge=0, le=10_000)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1_000)]
 Temperature = Annotated[float, Meta(ge=0, le=10)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
 
@@ -115,6 +115,9 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
             table = table[name]
         table[last] = value
     config = _convert(merged, "command line")
+    source, sink = config.capture.input, config.playback.output
+    if source.startswith("file:") and _file(source) == _file(sink):
+        raise ConfigError(f"playback.output = {sink!r}: expected another file than the input")
     inference = config.inference
     if inference.backlog_limit < inference.backlog_target:
         raise ConfigError(
@@ -122,6 +125,11 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
             f"expected at least inference.backlog_target, {inference.backlog_target}"
         )
     return config
+
+
+def _file(spec: str) -> Path | None:
+    kind, _, name = spec.partition(":")
+    return Path(name).resolve() if kind == "file" else None
 
 
 def encode(config: Config) -> bytes:

@@ -16,7 +16,7 @@ from pipeline import messages
 from pipeline.errors import ControlError
 from pipeline.messages import Order, Reply, Report
 
-_MESSAGE_MAX: Final = 1 << 20
+_MESSAGE_MAX: Final = 1 << 16
 """Bytes that a message to the supervisor may have; a larger one closes its connection."""
 
 _BACKLOG: Final = 1_000
@@ -179,6 +179,10 @@ class StageLink:
         except zmq.Again:
             self.lost += 1
 
+    def abandon(self) -> None:
+        """There is nobody to send to any more: let `close` wait for nothing."""
+        self._socket.setsockopt(zmq.LINGER, 0)
+
     def close(self) -> None:
         """Close the line, after the last reports have left or half a second."""
         self._socket.close()
@@ -187,8 +191,6 @@ class StageLink:
 
 def request(control: Path, command: bytes, timeout_s: float) -> Reply:
     """Send one command to a run and wait for its reply. Raises ControlError if none comes in time."""
-    if not control.exists():
-        raise ControlError(f"no run is up under {control.parent.name!r}: start one with `pipeline up`")
     with zmq.Context() as context, context.socket(zmq.REQ) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(_ipc(control))

@@ -46,7 +46,7 @@ class Finding(Struct, kw_only=True):
 
 def audio_devices() -> dict[str, Any]:
     """What PortAudio knows, asked in another process. Raises DeviceError."""
-    probe = [sys.executable, "-m", "procs.devices"]
+    probe = [sys.executable, "-P", "-m", "procs.devices"]
     try:
         done = subprocess.run(probe, capture_output=True, text=True, timeout=_PROBE_S, check=False)
     except subprocess.TimeoutExpired:
@@ -94,7 +94,7 @@ def _packages(config: Config, name: str) -> Finding:
 
 def _mlx(config: Config, name: str) -> Finding:
     code = "import mlx.core as mx; print(mx.default_device())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_PROBE_S, check=False)
+    done = _python_says(code)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         advice = "Install it with `pip install 'mlx[cpu]'`" if sys.platform == "linux" else "`pip install mlx`"
@@ -126,12 +126,21 @@ def _audio(config: Config, name: str) -> Finding:
     return Finding(what="audio", state="ok", found=text)
 
 
+def _python_says(code: str) -> "subprocess.CompletedProcess[str]":
+    """Run a line of Python in a process of its own; one that hangs counts as failed."""
+    command = [sys.executable, "-P", "-c", code]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer within {_PROBE_S} s")
+
+
 def _scheduling(config: Config, name: str) -> Finding:
     if sys.platform != "linux":
         return Finding(what="scheduling", state="ok", found="audio threads are real-time by the system's own doing")
     # In a process of its own: to ask is to be promoted.
     code = "import sys; from pipeline.timing import promote_thread; sys.exit(0 if promote_thread() else 1)"
-    if subprocess.run([sys.executable, "-c", code], timeout=_PROBE_S, check=False).returncode == 0:
+    if _python_says(code).returncode == 0:
         return Finding(what="scheduling", state="ok", found="real-time scheduling is permitted to audio threads")
     advice = "Sound may stutter when the machine is busy: permit rtprio in /etc/security/limits.d"
     return Finding(what="scheduling", state="note", found="real-time scheduling is not permitted", advice=advice)

@@ -13,6 +13,10 @@ class DeviceError(PipelineError):
     """An audio device or sound file is missing or cannot do what was asked."""
 
 
+class DeviceLostError(DeviceError):
+    """An audio device that worked has stopped. It may come back."""
+
+
 class CheckpointError(PipelineError):
     """A checkpoint is missing, damaged, or not of the quality that was asked for."""
 

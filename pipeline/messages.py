@@ -61,6 +61,8 @@ class StageStatus(Struct, kw_only=True):
     """The device, file or model it works with."""
     device_latency_ms: float = 0.0
     """What the audio device reports as its own latency, from or to its converter."""
+    lost_reports: int = 0
+    """Reports of it that never reached the supervisor."""
     memory_mb: float = 0.0
     cpu_s: float = 0.0
     """Processor time used since the stage's start."""
@@ -84,6 +86,8 @@ class Accounting(Struct, kw_only=True):
     """Times that concealment began after the first frame was played."""
     cleaned: int = 0
     """Samples of the microphone that were not finite or beyond full scale."""
+    cleaned_answers: int = 0
+    """The same of the engine's answers."""
 
     def discrepancies(self) -> list[str]:
         """The equations that do not hold."""
@@ -141,6 +145,10 @@ class StatusReport(Struct, kw_only=True):
 
     schema: int = SCHEMA
     name: str
+    pid: int
+    """Of the supervisor."""
+    muted: bool
+    """Whether silence stands in for the microphone."""
     state: RunState
     engine: str
     uptime_s: float
@@ -248,6 +256,8 @@ class Heartbeat(_Record, tag="heartbeat", kw_only=True):
     stage: StageName
     device_latency_ms: float = 0.0
     """As the device reports it now."""
+    lost_reports: int = 0
+    """Reports that could not be sent, because the supervisor did not read them."""
 
 
 Report = StageRecord | TimingRecord | TextRecord | XrunRecord | LogRecord | Acknowledged | Finished | Heartbeat

@@ -1,7 +1,7 @@
 """Single-writer, many-reader ring buffers of float32 samples in POSIX shared memory.
 
-The writer never blocks, never allocates and never looks at a reader: when the ring is full it overwrites the
-oldest samples. Each reader keeps its own position and learns exactly how many samples it lost when it was lapped.
+The writer never blocks, allocates nothing that lasts and never looks at a reader: when the ring is full it overwrites
+the oldest samples. Each reader keeps its own position and learns exactly how many samples it lost when it was lapped.
 Positions count samples since the ring was made; they are 64-bit and never wrap, so accounting is subtraction.
 
 Why it is right. Two words of the header bound what may be read: POSITION, up to which samples are complete, and
@@ -67,8 +67,10 @@ _ANCHOR_POSITION_AT: Final = 33
 _ANCHOR_NS_AT: Final = 34
 _LEDGER_VERSION_AT: Final = 48
 _COUNTERS_AT: Final = 49
-_CONSUMED_AT: Final = 64
-_DROPPED_AT: Final = 65
+_CONSUMER_VERSION_AT: Final = 64
+_CONSUMED_AT: Final = 65
+_DROPPED_AT: Final = 66
+_TAKEN_AT: Final = 67
 
 _NO_END: Final = -1
 _RETRIES: Final = 1_000
@@ -112,16 +114,13 @@ class Ledger(NamedTuple):
     written: int
     consumed: int
     dropped: int
+    waiting: int
+    """Samples written that the consumer's reader has not come to."""
     concealed: int
     gaps: int
     xruns: int
     cleaned: int
     generation: int
-
-    @property
-    def waiting(self) -> int:
-        """Samples written that the consumer has neither consumed nor dropped."""
-        return self.written - self.consumed - self.dropped
 
 
 def segment_name(folder: Path, ring: str) -> str:
@@ -174,7 +173,7 @@ class Ring:
             segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
         except posix_ipc.ExistentialError:
             raise RingExistsError(f"shared memory {name} exists already: is the run up?") from None
-        except (posix_ipc.PermissionsError, OSError) as error:
+        except (posix_ipc.PermissionsError, OSError, ValueError) as error:
             raise RingError(f"shared memory {name} of {size} bytes cannot be made: {error}") from None
         try:
             # Without it a full /dev/shm is found out by a SIGBUS in the audio callback.
@@ -292,10 +291,17 @@ class Ring:
     def ledger(self) -> Ledger:
         """The counts now. The consumer's come first, so that it never seems ahead of the writer."""
         words = self.words
-        dropped, consumed = words[_DROPPED_AT], words[_CONSUMED_AT]
+        consumed, dropped, taken = _steadily(words, _CONSUMER_VERSION_AT, self._consumer_counts)
+        if words[_CONSUMER_VERSION_AT] & 1:
+            taken = consumed + dropped  # killed in the middle of a change, which its successor will make again
         membar.rmb()
         concealed, gaps, xruns, cleaned = words[_COUNTERS_AT : _COUNTERS_AT + len(COUNTERS)]
-        return Ledger(words[_POSITION_AT], consumed, dropped, concealed, gaps, xruns, cleaned, words[_GENERATION_AT])
+        written = words[_POSITION_AT]
+        generation = words[_GENERATION_AT]
+        return Ledger(written, consumed, dropped, written - taken, concealed, gaps, xruns, cleaned, generation)
+
+    def _consumer_counts(self) -> tuple[int, int, int]:
+        return self.words[_CONSUMED_AT], self.words[_DROPPED_AT], self.words[_TAKEN_AT]
 
     @property
     def changing(self) -> bool:
@@ -307,15 +313,7 @@ class Ring:
 
         Gives up, with the last result, when the writer seems to have died in the middle of a change.
         """
-        words = self.words
-        for _ in range(_RETRIES):
-            version = words[_LEDGER_VERSION_AT]
-            membar.rmb()
-            result = reading()
-            membar.rmb()
-            if version == words[_LEDGER_VERSION_AT] and not version & 1:
-                break
-        return result
+        return _steadily(self.words, _LEDGER_VERSION_AT, reading)
 
     def close(self) -> None:
         """Unmap the ring. Readers and writers of it are of no use afterwards."""
@@ -323,6 +321,17 @@ class Ring:
         self.marks.release()
         self.data = np.empty(0, np.float32)
         self._memory.close()
+
+
+def _steadily(words: memoryview, version_at: int, reading: Callable[[], T]) -> T:
+    for _ in range(_RETRIES):
+        version = words[version_at]
+        membar.rmb()
+        result = reading()
+        membar.rmb()
+        if version == words[version_at] and not version & 1:
+            break
+    return result
 
 
 class RingWriter:
@@ -372,6 +381,8 @@ class RingWriter:
         count = self._words[_MARK_COUNT_AT]
         at = count % self.ring.mark_capacity * _MARK_WORDS
         marks = self.ring.marks
+        # The count of the mark before comes first: a reader takes this slot for an old mark's until it sees it.
+        membar.wmb()
         marks[at] = position
         marks[at + 1] = frame
         marks[at + 2] = captured_ns
@@ -479,28 +490,41 @@ class Consumer(RingReader):
     """The reader that a ring exists for. Its counts are in the ring, so that a successor goes on where it was killed.
 
     A sample is consumed when the work on it is done, not when it was copied: after `read`, call `consume` or `drop`.
-    Samples that were overwritten before they were read count as dropped at once.
+    Samples that were overwritten before they were read count as dropped at once. Whoever leaves some of what was read
+    uncounted for a while, between other counts, brackets it by `RingWriter.begin` and `commit` of another ring.
     """
 
     def __init__(self, ring: Ring) -> None:
         words = ring.words
         super().__init__(ring, position=words[_CONSUMED_AT] + words[_DROPPED_AT])
+        words[_TAKEN_AT] = self.position
+        words[_CONSUMER_VERSION_AT] += words[_CONSUMER_VERSION_AT] & 1
 
     def read(self, out: Samples) -> int:
         count = super().read(out)
-        self._words[_DROPPED_AT] += self.lost
-        self.lost = 0
+        if self.lost:
+            self._count(_DROPPED_AT, self.lost, self._words[_TAKEN_AT] + self.lost)
+            self.lost = 0
         return count
 
     def consume(self, count: int) -> None:
         """Count `count` samples that were read as consumed."""
-        self._words[_CONSUMED_AT] += count
+        self._count(_CONSUMED_AT, count, self.position)
 
     def drop(self, count: int) -> None:
         """Count `count` samples that were read as dropped."""
-        self._words[_DROPPED_AT] += count
+        self._count(_DROPPED_AT, count, self.position)
 
     def skip(self, count: int) -> None:
         """Pass over the next `count` samples, which are dropped."""
         self.position += count
-        self._words[_DROPPED_AT] += count
+        self._count(_DROPPED_AT, count, self.position)
+
+    def _count(self, counter_at: int, count: int, taken: int) -> None:
+        words = self._words
+        words[_CONSUMER_VERSION_AT] += 1
+        membar.wmb()
+        words[counter_at] += count
+        words[_TAKEN_AT] = taken
+        membar.wmb()
+        words[_CONSUMER_VERSION_AT] += 1

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import stat
 import time
 import warnings
@@ -15,7 +14,7 @@ import platformdirs
 
 from pipeline import ring
 from pipeline.errors import ConfigError, ControlError
-from pipeline.topology import RINGS
+from pipeline.topology import PROCESSES, RINGS
 
 SOCKET_PATH_MAX: Final = 103
 """Bytes that a socket's path may have on macOS, where sun_path is 104 with the NUL."""
@@ -47,8 +46,17 @@ def private(path: str, flags: int) -> int:
 def names() -> list[str]:
     """The names of the runs that have a folder, alive or not."""
     with contextlib.suppress(FileNotFoundError):
-        return sorted(entry.name for entry in base().iterdir() if entry.is_dir())
+        return sorted(path.parent.name for path in base().glob("*/lock") if _NAME.fullmatch(path.parent.name))
     return []
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Whoever may rename a folder above may put another in this one's place; in a sticky one only its owner may."""
+    for folder in (path.resolve(), *path.resolve().parents):
+        found = folder.stat()
+        foreign = found.st_uid not in (os.getuid(), 0)
+        if foreign or (found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX):
+            raise ConfigError(f"runtime folder {path}: {folder} is not yours alone to write: set PIPELINE_RUNTIME_DIR")
 
 
 class RunFolder:
@@ -73,19 +81,21 @@ class RunFolder:
         self._lock: int | None = None
 
     def make(self) -> None:
-        """Make the folder, for this user alone. Raises ConfigError where it belongs to someone else."""
+        """Make the folder, for this user alone.
+
+        Raises ConfigError where it, or a folder above it, is someone else's, and where it holds something else.
+        """
         try:
             parent = self.path.parent
             parent.parent.mkdir(parents=True, exist_ok=True)
             parent.mkdir(mode=0o700, exist_ok=True)
             self.path.mkdir(mode=0o700, exist_ok=True)
-            above, found = parent.stat(), self.path.stat()
-            # Whoever may rename what is in a folder may put another in its place; in /tmp only its owner may.
-            if above.st_uid not in (os.getuid(), 0) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
-                raise ConfigError(f"runtime folder {parent} is another user's to write: set PIPELINE_RUNTIME_DIR")
-            if found.st_uid != os.getuid():
-                raise ConfigError(f"runtime folder {self.path} belongs to user {found.st_uid}, not to you")
-            if stat.S_IMODE(found.st_mode) != 0o700:
+            _refuse_foreign(self.path)
+            if any(self.path.iterdir()) and not self._lock_path.exists():
+                raise ConfigError(
+                    f"runtime folder {self.path} holds something that no run put there: choose another name"
+                )
+            if stat.S_IMODE(self.path.stat().st_mode) != 0o700:
                 self.path.chmod(0o700)
         except OSError as error:
             raise ConfigError(f"runtime folder {self.path} cannot be made: {error.strerror}") from None
@@ -159,24 +169,26 @@ class RunFolder:
         """Remove the run's shared memory and files, its own or those of a dead predecessor. Hold the lock."""
         for spec in RINGS:
             ring.unlink(self.segment(spec.name))
-        for path in list(self.path.iterdir()):
-            if path == self._lock_path or (keep_logs and path.suffix == ".log" and path.stat().st_size):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+        for path in self._files():
+            if not (keep_logs and path.suffix == ".log" and path.exists() and path.stat().st_size):
                 path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """All that a run puts into its folder, the lock aside. Nothing else in it is ever removed."""
+        bells = [self.bell(spec.name) for spec in RINGS]
+        logs = [self.log(process.name) for process in PROCESSES]
+        return [self.control, self.events, self.stages, self.settings, *bells, *logs]
 
     def release(self, *, keep_logs: bool = False) -> None:
         """Clear everything, the folder with it unless logs are kept, and let go of the lock."""
         self.clear(keep_logs=keep_logs)
-        if keep_logs:
-            self._lock_path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
+            if not keep_logs:
+                self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+        with contextlib.suppress(OSError):  # it holds logs, or what is not the run's
+            self.path.rmdir()
 
     def leave(self) -> None:
         """Let go of a shared lock; the last to leave clears everything."""

@@ -52,6 +52,9 @@ from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RINGS, Process, StageName
 
+EXIT_REFUSED: Final = 2
+"""Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
+
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
 
@@ -79,7 +82,8 @@ Launch = Callable[[Process, RunFolder, int], "subprocess.Popen[bytes]"]
 
 def launch(process: Process, folder: RunFolder, alive: int) -> "subprocess.Popen[bytes]":
     """Start a stage. `alive` is a pipe's read end: it closes when this process ends, however it ends."""
-    command = [sys.executable, "-m", process.module, "--name", folder.name, "--supervised", str(alive)]
+    # -P: what lies in the folder that the user happens to be in is not to be imported.
+    command = [sys.executable, "-P", "-m", process.module, "--name", folder.name, "--supervised", str(alive)]
     with open(folder.log(process.name), "ab", opener=private) as log:
         return subprocess.Popen(
             command,
@@ -105,8 +109,11 @@ class _StageProcess:
     restart_at_ns: int = 0
     detail: str = ""
     device_latency_ms: float = 0.0
+    lost_reports: int = 0
     finished: bool = False
     was_ready: bool = False
+    was_running: bool = False
+    """Since its last start."""
     durations: Durations = field(default_factory=Durations)
 
     @property
@@ -120,6 +127,7 @@ class _StageProcess:
             restarts=self.restarts,
             detail=self.detail,
             device_latency_ms=self.device_latency_ms,
+            lost_reports=self.lost_reports,
         )
         if status.pid is not None:
             with contextlib.suppress(psutil.Error):
@@ -169,6 +177,8 @@ class Supervisor:
         self._state: RunState = "starting"
         self._error = ""
         self._clean = True
+        self._refused = False  # by a stage, before anything began
+        self._finishing = False
         self._muted = False
         self._keep_logs = False
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
@@ -202,27 +212,31 @@ class Supervisor:
         try:
             self._make()
             self._catch_signals()
-            for stage in self._stages.values():
-                self._spawn(stage)
-            while self._state != "stopping":
-                self._turn()
-            self._stop_stages()
-            self.final = self.status()
-            self._farewell()
+            try:
+                for stage in self._stages.values():
+                    self._spawn(stage)
+                while self._state != "stopping":
+                    self._turn()
+            finally:
+                self._stop_stages()
+                self.final = self.status()
+                self._farewell()
         finally:
             self._clear()
         if self._error:
-            self._on_log("supervisor", "error", self._error)
-        wrong = self.final.accounting.discrepancies() if self.final else []
+            self._tell("supervisor", "error", self._error)
+        wrong = self.final.accounting.discrepancies()
         for equation in wrong:
-            self._on_log("supervisor", "error", f"accounting: {equation}")
+            self._tell("supervisor", "error", f"accounting: {equation}")
+        if self._refused:
+            return EXIT_REFUSED
         return 0 if self._clean and not self._error and not wrong else 1
 
     # Beginning and end
 
     def _make(self) -> None:
         if self._folder.settings.exists():
-            self._end_orphans()
+            end_orphans(self._folder)
         self._folder.clear()
         for spec in RINGS:
             self._rings[spec.name] = Ring.create(self._folder.segment(spec.name), self._config.ring_seconds)
@@ -232,26 +246,13 @@ class Supervisor:
         self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages)
         self._hub.watch(self._signal_read)
 
-    def _end_orphans(self) -> None:
-        """Stages of a supervisor that was killed leave by themselves; one that is stuck is killed."""
-        ours = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if _is_stage_of(process.info["cmdline"] or [], self._folder.name)
-            # A run of the same name may be up in another folder, or be another user's.
-            and _runtime_dir(process) == str(self._folder.path.parent)
-        ]
-        _, stuck = psutil.wait_procs(ours, timeout=_ORPHANS_S)
-        for process in stuck:
-            process.kill()
-        psutil.wait_procs(stuck, timeout=_ORPHANS_S)
-
     def _catch_signals(self) -> None:
         self._signal_write.setblocking(False)
         self._signal_read.setblocking(False)
         signal.set_wakeup_fd(self._signal_write.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: self._end())
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's, and a shell's for what runs behind it
+                signal.signal(number, lambda *_: self._end())
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
 
     def _spawn(self, stage: _StageProcess) -> None:
@@ -282,13 +283,15 @@ class Supervisor:
         for stage in self._stages.values():
             if stage.popen is None:
                 continue
-            if stage.alive:
+            unready = stage.state == "starting"  # and has nothing that it could lose
+            killed = stage.alive
+            if killed:
                 stage.popen.kill()
-                self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
-                self._clean = self._clean and stage.state == "starting"
             code = stage.popen.wait()
-            if code > 0 and not self._error:
+            if code and not unready and not self._error and stage.state != "backoff":
                 self._clean = False
+                how = f"did not stop within {STOP_S:g} s and was killed" if killed else _how_it_ended(code)
+                self._log("error", f"{stage.process.name} {how}")
             if stage.state != "fatal":
                 self._set_state(stage, "stopped")
         self._state = "stopped"
@@ -350,9 +353,15 @@ class Supervisor:
                 self.hub.reply(waiting.address, waiting.refusal(error))
         if self._stop_at_ns is not None and now >= self._stop_at_ns:
             self._stop_at_ns = None
+            self._finishing = True
             self.hub.order("capture", Finish())
+        # The rings know of the end even where the report of it was lost.
+        if self._drained_by_ns is None and self._rings["capture"].end is not None:
+            self._stage_finished("capture")
         if self._drained_by_ns is not None and now >= self._drained_by_ns:
-            self._end(f"the input has ended, but for {DRAIN_S:g} s no frame of it was answered or played")
+            played = self._rings["playback"].end is not None and not self._rings["playback"].ledger().waiting
+            error = f"the input has ended, but for {DRAIN_S:g} s no frame of it was answered or played"
+            self._end("" if played else error)
 
     def _see_deaths(self) -> None:
         for stage in self._stages.values():
@@ -364,14 +373,12 @@ class Supervisor:
             said = stage.state != "fatal" and log.exists() and log.stat().st_size > 0
             self._keep_logs = self._keep_logs or said
             where = f"; its messages are in {log}" if said else ""
-            if stage.state == "fatal":
-                how = f"{name}: {stage.detail}"
-            elif code < 0:
-                how = f"{name} was ended by {signal.Signals(-code).name}{where}"
-            else:
-                how = f"{name} stopped with exit code {code}{where}"
+            how = f"{name}: {stage.detail}" if stage.state == "fatal" else f"{name} {_how_it_ended(code)}{where}"
             if not stage.was_ready:
-                self._end(how if stage.state == "fatal" else f"{how}, before it was ready")
+                self._refused = stage.state == "fatal"
+                self._end(how if self._refused else f"{how}, before it was ready")
+            elif stage.state == "fatal" and stage.was_running:
+                self._end(how)
             elif stage.strikes >= RESTARTS_MAX:
                 self._set_state(stage, "fatal")
                 self._end(f"{how}, after {RESTARTS_MAX} restarts")
@@ -391,7 +398,7 @@ class Supervisor:
         for data in self.hub.reports():
             try:
                 report = messages.decode_report(data)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, RecursionError) as error:
                 self._log("warning", f"a stage's report was not understood: {error}")
                 continue
             if (topic := messages.topic(report)) is not None:
@@ -402,14 +409,16 @@ class Supervisor:
                 case StageRecord():
                     self._stage_said(report)
                 case TextRecord(text=text):
-                    self._on_text(text)
+                    self._guarded(self._on_text, text)
                 case LogRecord(stage=stage, level=level, message=message):
-                    self._on_log(stage, level, message)
+                    self._clean = self._clean and level != "error"
+                    self._tell(stage, level, message)
                 case Acknowledged(request=request) if request in self._waiting:
                     waiting = self._waiting.pop(request)
                     self.hub.reply(waiting.address, waiting.reply(report))
-                case Heartbeat(stage=name, device_latency_ms=latency_ms):
-                    self._stages[name].device_latency_ms = latency_ms
+                case Heartbeat(stage=name):
+                    self._stages[name].device_latency_ms = report.device_latency_ms
+                    self._stages[name].lost_reports = report.lost_reports
                 case Finished(stage=name):
                     self._stage_finished(name)
 
@@ -426,6 +435,8 @@ class Supervisor:
         stage = self._stages[record.stage]
         if stage.state == "backoff":
             return  # said before it died
+        if record.state in ("starting", "running"):
+            stage.was_running = record.state == "running"
         stage.state = record.state
         stage.detail = record.detail
         stage.device_latency_ms = record.device_latency_ms
@@ -434,15 +445,16 @@ class Supervisor:
         stage.was_ready = True
         stage.ready_ns = self._clock()
         if self._state == "running":
-            self._on_log(record.stage, "info", f"ready again: {record.detail}")
+            self._tell(record.stage, "info", f"ready again: {record.detail}")
             if record.stage == "capture" and self._muted:
                 # Before Start: not one block of it is to be heard.
                 self.hub.order("capture", Apply(request=0, command=Mute()))
-            self.hub.order(record.stage, Start())
+            ending = record.stage == "capture" and (self._finishing or stage.finished)
+            self.hub.order(record.stage, Finish() if ending else Start())
         elif self._state == "starting" and all(other.state == "ready" for other in self._stages.values()):
             self._state = "running"
             for process in PROCESSES:
-                self._on_log(process.name, "info", f"ready: {self._stages[process.name].detail}")
+                self._tell(process.name, "info", f"ready: {self._stages[process.name].detail}")
                 self.hub.order(process.name, Start())
             if self._config.seconds is not None:
                 self._stop_at_ns = self._clock() + round(self._config.seconds * NS_PER_S)
@@ -467,7 +479,17 @@ class Supervisor:
     def _log(self, level: LogLevel, message: str) -> None:
         record = LogRecord(stage="supervisor", level=level, message=message, time_ns=self._clock())
         self.hub.publish("log.supervisor", messages.encode(record))
-        self._on_log("supervisor", level, message)
+        self._tell("supervisor", level, message)
+
+    def _tell(self, stage: str, level: LogLevel, message: str) -> None:
+        self._guarded(self._on_log, stage, level, message)
+
+    def _guarded(self, callback: Callable[..., None], *values: str) -> None:
+        """A terminal that is gone, or a pipe that nobody reads, ends the run in good order."""
+        try:
+            callback(*values)
+        except (OSError, SystemExit):
+            self._end()
 
     # What clients ask
 
@@ -475,7 +497,7 @@ class Supervisor:
         for address, data in self.hub.commands():
             try:
                 command = messages.decode_command(data)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, RecursionError) as error:
                 known = ", ".join(messages.VERBS)
                 text = f'not a command: {error}; expected JSON such as {{"verb": "status"}}, with one of {known}'
                 self.hub.reply(address, Reply(ok=False, error=text))
@@ -509,6 +531,8 @@ class Supervisor:
         durations = {name: stage.durations for name, stage in self._stages.items()}
         return StatusReport(
             name=self._folder.name,
+            pid=os.getpid(),
+            muted=self._muted,
             state=self._state,
             engine=self._config.engine,
             uptime_s=(self._clock() - self._began_ns) / NS_PER_S,
@@ -523,6 +547,25 @@ class Supervisor:
             xruns=xruns,
             drift_ppm=self._drift.ppm(self._rings["capture"], self._rings["heard"]),
         )
+
+
+def end_orphans(folder: RunFolder) -> None:
+    """Stages of a supervisor that was killed leave by themselves; one that is stuck is killed."""
+    ours = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if _is_stage_of(process.info["cmdline"] or [], folder.name)
+        # A run of the same name may be up in another folder, or be another user's.
+        and _runtime_dir(process) == str(folder.path.parent)
+    ]
+    _, stuck = psutil.wait_procs(ours, timeout=_ORPHANS_S)
+    for process in stuck:
+        process.kill()
+    psutil.wait_procs(stuck, timeout=_ORPHANS_S)
+
+
+def _how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"stopped with exit code {code}"
 
 
 def _is_stage_of(command: list[str], name: str) -> bool:

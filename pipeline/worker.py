@@ -22,7 +22,7 @@ from pipeline import config as settings
 from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno, StageLink
-from pipeline.errors import PipelineError
+from pipeline.errors import DeviceLostError, PipelineError
 from pipeline.messages import (
     Acknowledged,
     AnyCommand,
@@ -44,6 +44,9 @@ from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE, StageName
 
 EXIT_FATAL: Final = 2
 """Exit code of a stage that cannot work with the settings, device or model it was given: not to be restarted."""
+
+EXIT_LOST: Final = 3
+"""Exit code of a stage whose device has stopped: to be started again."""
 
 _HEARTBEAT_S: Final = 1.0
 
@@ -148,6 +151,9 @@ class _Worker:
             self._loop()
         except _Leave:
             pass
+        except DeviceLostError as error:
+            self._context.log("warning", str(error))
+            code = EXIT_LOST
         except PipelineError as error:
             self._detail = str(error)
             self._say("fatal")
@@ -197,8 +203,9 @@ class _Worker:
         heartbeat_ns = 0
         more = False
         while not self._leaving:
-            if self._alive in link.wait(0 if more else frame_s):
-                return  # the supervisor is gone
+            if self._alive in link.wait(0 if more else frame_s):  # the supervisor is gone
+                self._link.abandon()
+                return
             for order in link.orders():
                 match order:
                     case Start():
@@ -213,7 +220,8 @@ class _Worker:
             now = now_ns()
             if now - heartbeat_ns >= _HEARTBEAT_S * 1e9:
                 heartbeat_ns = now
-                link.report(Heartbeat(stage=self._name, device_latency_ms=self._stage.device_latency_ms()))
+                latency_ms, lost = self._stage.device_latency_ms(), link.lost
+                link.report(Heartbeat(stage=self._name, device_latency_ms=latency_ms, lost_reports=lost))
 
 
 class _Descriptor:

@@ -3,7 +3,7 @@
 from pipeline import worker
 from pipeline.audio import make_fit
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceLostError
 from pipeline.messages import AnyCommand, Finished, Mute, TimingRecord, Unmute, XrunRecord
 from pipeline.ring import Anchor, RingWriter, Samples
 from pipeline.timing import NS_PER_S, now_ns
@@ -23,6 +23,7 @@ class Capture:
         self._device: devices.Input = devices.Unopened()
         self._muted = False
         self._captured_ns = 0
+        self._block = 0
         self._input_ended = False
         self._finished = False
         self._next_mark = self._ring.mark_count
@@ -61,6 +62,7 @@ class Capture:
             samples.fill(0)
         writer.anchor(writer.position, adc_ns)
         start, count = 0, len(samples)
+        self._block = count
         while start < count:
             position = writer.position
             into = position % FRAME
@@ -81,8 +83,12 @@ class Capture:
 
     def work(self) -> bool:
         """Report the frames captured since the last look, and the end."""
-        if trouble := self._device.trouble():
-            raise DeviceError(f"input {self._device.detail}: {trouble}")
+        if (failure := self._device.failure()) and not self._finished:
+            if isinstance(failure, DeviceLostError):
+                raise failure
+            # A damaged file will not get better: what was read of it is answered.
+            self._context.log("error", str(failure))
+            self.finish()
         waiting = self._ring.ledger().waiting // FRAME
         while (mark := self._ring.mark(self._next_mark)) is not None:
             self._next_mark += 1
@@ -118,7 +124,8 @@ class Capture:
     def apply(self, command: AnyCommand) -> int:
         if isinstance(command, Mute | Unmute):
             self._muted = isinstance(command, Mute)
-        return self._writer.position // FRAME
+        # The block that is being taken at this moment may have been let through.
+        return -(-(self._writer.position + self._block) // FRAME)
 
     def stop(self) -> None:
         self._device.stop()

@@ -9,11 +9,13 @@ will convert, the first of them, on the monotonic clock. An output's `on_block` 
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ import soundfile
 import soxr
 
 from pipeline.audio import FULL_SCALE, Samples
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, DeviceLostError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread
 from pipeline.topology import FRAME, SAMPLE_RATE
 
@@ -43,6 +45,9 @@ _TONE_LEVEL: Final = 0.25
 _RESAMPLER: Final = "HQ"
 _JOIN_S: Final = 2.0
 
+_EXTENSIBLE: Final = frozenset({"AIFF", "AU", "CAF", "RAW", "RF64", "W64", "WAV"})
+"""Kinds of sound file that can be added to. Another is gone on with in a second file: answer.2.flac."""
+
 _CALLBACKS: Final = 25
 """Whose median dates a block."""
 
@@ -60,8 +65,8 @@ class Input(Protocol):
 
     def stop(self) -> None: ...
 
-    def trouble(self) -> str:
-        """Why it stopped by itself; empty if it did not."""
+    def failure(self) -> DeviceError | None:
+        """Why it stopped by itself, if it did: DeviceLostError if it may come back."""
 
 
 class Output(Protocol):
@@ -77,8 +82,8 @@ class Output(Protocol):
 
     def stop(self) -> None: ...
 
-    def trouble(self) -> str:
-        """Why it stopped by itself; empty if it did not."""
+    def failure(self) -> DeviceError | None:
+        """Why it stopped by itself, if it did: DeviceLostError if it may come back."""
 
 
 class Unopened:
@@ -93,8 +98,8 @@ class Unopened:
     def stop(self) -> None:
         """Nothing is open."""
 
-    def trouble(self) -> str:
-        return ""
+    def failure(self) -> DeviceError | None:
+        return None
 
 
 def silence(count: int) -> Samples:
@@ -141,19 +146,22 @@ def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_bl
 class _Pace:
     """A thread that calls `turn(due_ns)` once for each block's time, and catches up when it was held up."""
 
-    def __init__(self, block: int, turn: Callable[[int], bool]) -> None:
+    def __init__(self, detail: str, block: int, turn: Callable[[int], bool]) -> None:
+        self._detail = detail
         self._block = block
         self._turn = turn
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pace", daemon=True)
-        self.trouble = ""
+        self.failure: DeviceError | None = None
 
     def _run(self) -> None:
         promote_thread()
         try:
             self._keep_pace()
-        except (OSError, soundfile.LibsndfileError) as error:
-            self.trouble = getattr(error, "error_string", None) or str(error)
+        except Exception as error:  # whatever it is, the stage has to hear of it
+            if not isinstance(error, OSError | soundfile.LibsndfileError):
+                traceback.print_exc()
+            self.failure = DeviceError(f"{self._detail}: {getattr(error, 'error_string', None) or error}")
 
     def _keep_pace(self) -> None:
         begin_ns = now_ns()
@@ -187,7 +195,7 @@ class _PacedInput:
         self._on_block = on_block
         self._on_end = on_end
         self._first = True
-        self._pace = _Pace(_PACED_INPUT_BLOCK, self._turn)
+        self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn)
 
     def _turn(self, due_ns: int) -> bool:
         if self._first:
@@ -206,8 +214,8 @@ class _PacedInput:
     def stop(self) -> None:
         self._pace.stop()
 
-    def trouble(self) -> str:
-        return self._pace.trouble
+    def failure(self) -> DeviceError | None:
+        return self._pace.failure
 
 
 class _PacedOutput:
@@ -220,7 +228,7 @@ class _PacedOutput:
         self._on_block = on_block
         self._sink = sink
         self._samples = silence(block)
-        self._pace = _Pace(block, self._turn)
+        self._pace = _Pace(f"output {detail}", block, self._turn)
 
     def _turn(self, due_ns: int) -> bool:
         self._on_block(self._samples, due_ns, False)
@@ -238,8 +246,8 @@ class _PacedOutput:
         if self._sink is not None:
             self._sink.close()
 
-    def trouble(self) -> str:
-        return self._pace.trouble
+    def failure(self) -> DeviceError | None:
+        return self._pace.failure
 
 
 def _open_source(path: Path) -> soundfile.SoundFile:
@@ -338,9 +346,13 @@ class _FileSink:
         path, kind = self._path, self._kind
         try:
             if self._resume and path.exists():
-                self._file = soundfile.SoundFile(path, "r+")
-                self._file.seek(0, soundfile.SEEK_END)
-                return
+                if kind in _EXTENSIBLE:
+                    self._file = soundfile.SoundFile(path, "r+")
+                    self._file.seek(0, soundfile.SEEK_END)
+                    return
+                path = next(
+                    other for n in itertools.count(2) if not (other := path.with_stem(f"{path.stem}.{n}")).exists()
+                )
             subtype = "FLOAT" if soundfile.check_format(kind, "FLOAT") else soundfile.default_subtype(kind)
             self._file = soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, subtype, format=kind)
         except (OSError, soundfile.LibsndfileError) as error:
@@ -449,13 +461,17 @@ def _choose(sd: Any, name: str, kind: str) -> _Chosen:
 class _PortAudioStream:
     """What input and output share: the stream, and that it may stop by itself when its device is lost."""
 
-    def __init__(self, stream: Any, detail: str) -> None:
+    def __init__(self, stream: Any, kind: str, detail: str) -> None:
         self.detail = detail
+        self._kind = kind
         self._stream = stream
         self._started = False
 
     def start(self) -> None:
-        self._stream.start()
+        try:
+            self._stream.start()
+        except Exception as error:  # sounddevice's own, which is not imported here
+            raise DeviceLostError(f"{self._kind} {self.detail}: cannot be started: {error}") from None
         self._started = True
 
     def stop(self) -> None:
@@ -465,8 +481,10 @@ class _PortAudioStream:
             self._stream.abort(ignore_errors=True)
             self._stream.close(ignore_errors=True)
 
-    def trouble(self) -> str:
-        return "the device has stopped" if self._started and not self._stream.active else ""
+    def failure(self) -> DeviceError | None:
+        if self._started and not self._stream.active:
+            return DeviceLostError(f"{self._kind} {self.detail}: the device has stopped")
+        return None
 
 
 def _open_stream(sd: Any, make: Any, chosen: _Chosen, kind: str, **options: Any) -> Any:
@@ -503,7 +521,7 @@ class _PortAudioInput(_PortAudioStream):
             sd, sd.InputStream, chosen, "input",
             blocksize=device_block, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, f"{chosen.name} at {chosen.rate} Hz")
+        super().__init__(stream, "input", f"{chosen.name} at {chosen.rate} Hz")
 
     @property
     def latency_ms(self) -> float:
@@ -552,7 +570,7 @@ class _PortAudioOutput(_PortAudioStream):
             sd, sd.OutputStream, chosen, "output",
             blocksize=block * chosen.rate // SAMPLE_RATE, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, f"{chosen.name} at {chosen.rate} Hz")
+        super().__init__(stream, "output", f"{chosen.name} at {chosen.rate} Hz")
 
     @property
     def latency_ms(self) -> float:

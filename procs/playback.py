@@ -9,7 +9,6 @@ from pipeline import config as settings
 from pipeline import worker
 from pipeline.audio import FADE, Samples, falling, rising
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, TimingRecord, XrunRecord
 from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
@@ -18,12 +17,38 @@ from pipeline.worker import Context
 from procs import devices
 
 _FADE_OUT_S = 0.2
+"""How long the fade out, and then the device's own latency, may hold up the end."""
 
-_WAITS = 12
-"""Frames, about a second, after which it is looked whether all of them waited for longer than they have to."""
+_RECENT = 12
+"""Frames, about a second, after which it is looked whether all of them waited for longer than the prebuffer asks."""
 
-_SLACK_NS = 10 * NS_PER_MS
-"""What a frame may wait beyond the prebuffer: the time to the next block, and what is not worth a cut."""
+_LASTING = 150
+"""Frames, 12 s, after which it is looked whether all of them waited for longer than the first prebuffer asked."""
+
+_SLACK_NS = 5 * NS_PER_MS
+"""What a frame may wait beyond that and the time to the next block: it is not worth a cut."""
+
+
+class _Least:
+    """The smallest of every so many durations."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._seen = 0
+        self._least_ns = sys.maxsize
+
+    def add(self, duration_ns: int) -> int | None:
+        """The smallest of the last `count`, when there are so many; then it begins anew."""
+        self._seen += 1
+        self._least_ns = min(self._least_ns, duration_ns)
+        if self._seen < self._count:
+            return None
+        least_ns = self._least_ns
+        self.clear()
+        return least_ns
+
+    def clear(self) -> None:
+        self._seen, self._least_ns = 0, sys.maxsize
 
 
 class Player:
@@ -52,8 +77,10 @@ class Player:
         self._fading = devices.silence(FADE)
         self._faded = FADE
         self._risen = FADE
-        self._waits = 0
-        self._least_wait_ns = sys.maxsize
+        self._initial_prebuffer_ns = prebuffer_ns
+        self._block_ns = 0
+        self._recent_waits = _Least(_RECENT)
+        self._lasting_waits = _Least(_LASTING)
         self.last_sound_ns = 0
         """When the last sample of the model's that was sent so far reaches the speaker."""
 
@@ -81,6 +108,7 @@ class Player:
         heard = self._heard
         heard.begin()
         heard.anchor(heard.position, dac_ns)
+        self._block_ns = len(out) * NS_PER_S // SAMPLE_RATE
         if xrun:
             heard.count("xruns")
             self._disturbed = True
@@ -132,7 +160,8 @@ class Player:
     def _begin_frame(self, filled: int, dac_ns: int) -> None:
         source = self._source
         if source.available > self._queue:
-            self._skip((source.available // FRAME - 1) * FRAME)
+            # Down to two: with one alone the next would have to come within the block.
+            self._skip((source.available // FRAME - 2) * FRAME)
         mark = self._ring.mark(source.position // FRAME)
         if mark is None:
             return
@@ -149,17 +178,25 @@ class Player:
         )
 
     def _surplus(self, waited_ns: int) -> int:
-        """After a gap every frame waits for as long as the gap was. Samples by which all of the last second's did.
+        """Samples by which the frames of late all waited for longer than they have to.
 
-        Without a gap or an underrun of the device before it there is none: nothing is cut from a healthy stream.
+        A gap makes every later frame wait for as long as it was, and the prebuffer grow. The first is taken back after
+        a second, the second after a while in which no frame came close to being late. Without a gap or an
+        underrun of the device before it there is none: nothing is cut from a healthy stream.
         """
-        self._least_wait_ns = min(self._least_wait_ns, waited_ns)
-        self._waits += 1
-        if self._waits < _WAITS:
+        recent_ns, lasting_ns = self._recent_waits.add(waited_ns), self._lasting_waits.add(waited_ns)
+        if not self._disturbed:
             return 0
-        surplus_ns = self._least_wait_ns - self.prebuffer_ns - _SLACK_NS
-        self._waits, self._least_wait_ns = 0, sys.maxsize
-        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if self._disturbed else 0
+        surplus_ns = 0
+        if recent_ns is not None:
+            surplus_ns = recent_ns - self.prebuffer_ns - self._block_ns - _SLACK_NS
+        if lasting_ns is not None:
+            lasting_surplus_ns = lasting_ns - self._initial_prebuffer_ns - self._block_ns - _SLACK_NS
+            if lasting_ns >= self.prebuffer_ns // 2:
+                self.prebuffer_ns = max(self._initial_prebuffer_ns, self.prebuffer_ns // 2)
+            self._disturbed = lasting_surplus_ns > 0 or self.prebuffer_ns > self._initial_prebuffer_ns
+            surplus_ns = max(surplus_ns, lasting_surplus_ns)
+        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S)
 
     def _skip(self, count: int) -> None:
         """Pass over `count` samples, at least FADE, fading from the first of them into what follows."""
@@ -180,11 +217,13 @@ class Player:
             self._heard.count("gaps")
             # What was late once will be again: wait longer next time, a frame at most.
             self.prebuffer_ns = min(FRAME_NS, max(NS_PER_MS, 2 * self.prebuffer_ns))
-        self._playing = False
         self._disturbed = True
+        self._recent_waits.clear()
+        self._lasting_waits.clear()
         # Backwards from the last sample but one: no step is larger than one that was just played.
         np.multiply(self._recent[-2::-1], self._fall, out=self._fading)
         self._faded = 0
+        self._playing = False  # last: `silent` is asked in another thread
 
     def _blend(self, part: Samples) -> None:
         """Fade `part` in, over what is left of a fade out, if a gap or a skip came before it."""
@@ -239,7 +278,7 @@ class Playback:
             config.output,
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
-            resume=self._heard.generation > 1,
+            resume=self._heard.position > 0,
             on_block=self._player.fill,
         )
         return self._device.detail
@@ -256,8 +295,8 @@ class Playback:
 
     def work(self) -> bool:
         """Report the frames sent since the last look, and the end."""
-        if trouble := self._device.trouble():
-            raise DeviceError(f"output {self._device.detail}: {trouble}")
+        if failure := self._device.failure():
+            raise failure
         report, now = self._context.report, now_ns()
         queued = self._playback.ledger().waiting // FRAME
         while (mark := self._heard.mark(self._next_mark)) is not None:
@@ -293,12 +332,12 @@ class Playback:
 
     def stop(self) -> None:
         """Fade out, then let go of the device."""
-        if self._running and not self._device.trouble():
+        if self._running and self._device.failure() is None:
             self._player.leave()
             until = time.monotonic() + _FADE_OUT_S
             while not self._player.silent and time.monotonic() < until:
                 time.sleep(0.005)
-            time.sleep(self._device.latency_ms / 1_000)
+            time.sleep(min(_FADE_OUT_S, self._device.latency_ms / 1_000))
         self._device.stop()
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     sys.stdin.readline()
     microphone.stop()
     speaker.stop()
-    assert not microphone.trouble()
+    assert microphone.failure() is None
     print(statistics.median(loop.latencies_ms))
 
 

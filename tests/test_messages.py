@@ -70,6 +70,8 @@ ORDERS: list[Order] = [Start(), Finish(), Stop(), *(Apply(request=4, command=com
 
 def a_status() -> StatusReport:
     return StatusReport(
+        pid=1,
+        muted=False,
         name="t",
         state="running",
         engine="echo",

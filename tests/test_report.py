@@ -24,7 +24,7 @@ def rendered(what: RenderableType, width: int = WIDTH) -> list[str]:
 
 def a_status() -> StatusReport:
     return StatusReport(
-        name="default",
+        pid=1, muted=False, name="default",
         state="running",
         engine="moshi",
         uptime_s=3_725.25,
