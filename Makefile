@@ -31,7 +31,7 @@ demo: install
 	@$(BIN)/pipeline up --name demo --model demo/model --input file:pipeline/assets/speech.flac --output file:demo/answer.wav
 	@echo
 	@echo "The answer is in demo/answer.wav. Random weights talk noise: this shows that everything runs, not how Moshi speaks."
-	@echo "The real model on a Mac (4.8 GB to download, then speak into the microphone):"
+	@echo "The real model on a Mac (5.2 GB to download, then speak into the microphone):"
 	@echo
 	@echo "    $(BIN)/pipeline models pull kyutai/moshiko-mlx-q4 && $(BIN)/pipeline up"
 

@@ -48,6 +48,9 @@ EXIT_FATAL: Final = 2
 EXIT_LOST: Final = 3
 """Exit code of a stage whose device has stopped: to be started again."""
 
+_TICK_S: Final = 2 * FRAME_MS / 1_000
+"""How often a stage looks around that nothing wakes: what it reports of two frames goes out together."""
+
 _HEARTBEAT_S: Final = 1.0
 
 _SWITCH_S: Final = 0.0005
@@ -106,7 +109,7 @@ class Stage(Protocol):
         """What the device reports as its own latency."""
 
     def wakes(self) -> HasFileno | None:
-        """What is readable when there may be work before a frame's time has passed."""
+        """What is readable when there is work that cannot wait for the next look around."""
 
 
 class _Leave(BaseException):
@@ -199,11 +202,10 @@ class _Worker:
             sources.append(_Descriptor(self._alive))
         for source in sources:
             link.watch(source)
-        frame_s = FRAME_MS / 1_000
         heartbeat_ns = 0
         more = False
         while not self._leaving:
-            if self._alive in link.wait(0 if more else frame_s):  # the supervisor is gone
+            if self._alive in link.wait(0 if more else _TICK_S):  # the supervisor is gone
                 self._link.abandon()
                 return
             for order in link.orders():

@@ -89,18 +89,21 @@ class Capture:
             # A damaged file will not get better: what was read of it is answered.
             self._context.log("error", str(failure))
             self.finish()
-        waiting = self._ring.ledger().waiting // FRAME
+        ledger = self._ring.ledger()
         while (mark := self._ring.mark(self._next_mark)) is not None:
             self._next_mark += 1
             self._context.report(
                 TimingRecord(
-                    stage="capture", frame=mark.frame, start_ns=mark.start_ns, end_ns=mark.end_ns, queued=waiting
+                    stage="capture",
+                    frame=mark.frame,
+                    start_ns=mark.start_ns,
+                    end_ns=mark.end_ns,
+                    queued=ledger.waiting // FRAME,
                 )
             )
         self._next_mark = max(self._next_mark, self._ring.mark_count - self._ring.mark_capacity + 1)
-        xruns = self._ring.ledger().xruns
-        if xruns != self._xruns:
-            count, self._xruns = xruns - self._xruns, xruns
+        if ledger.xruns != self._xruns:
+            count, self._xruns = ledger.xruns - self._xruns, ledger.xruns
             self._context.report(XrunRecord(stage="capture", kind="xrun", count=count, time_ns=now_ns()))
         if self._input_ended and not self._finished:
             self.finish()

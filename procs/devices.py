@@ -38,7 +38,7 @@ OUTPUT_SPECS: Final = "device, device:NAME, file:PATH or null"
 _PACED_INPUT_BLOCK: Final = FRAME
 """Samples that a stand-in for a microphone delivers at once: the last of a frame comes no later for it."""
 
-_NULL_BLOCK: Final = FRAME // 2
+_NULL_BLOCK: Final = FRAME
 """Samples that a sink which nobody hears takes at once: few wake-ups, for little processor time."""
 
 _TONE_LEVEL: Final = 0.25
