@@ -14,6 +14,7 @@ install: $(BIN)/pipeline
 $(BIN)/pipeline: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and not found: install it, or name it: make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV) (a minute or two, 300 MB)"
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tests/system-packages python3-venv
 	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@

@@ -16,9 +16,9 @@ def timing_table(status: StatusReport) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     timing = status.timing
     rows: list[tuple[str, Spread]] = [
-        ("capture: last sample to ring", timing.capture),
-        ("inference: frame to answer", timing.inference),
-        ("playback: ring to speaker", timing.playback),
+        ("capture to ring", timing.capture),
+        ("inference", timing.inference),
+        ("ring to speaker", timing.playback),
         ("microphone to speaker", timing.mic_to_speaker_ms),
     ]
     for name, spread in rows:
