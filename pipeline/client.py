@@ -49,6 +49,8 @@ class Client:
             raise ControlError(f"the run {name!r} has died: clear what it left with `pipeline down --name {name}`")
         until = time.monotonic() + _BINDING_S
         while not self._folder.control.exists():
+            if not self._folder.is_locked():
+                raise ControlError(f"the run {name!r} is just ending")
             if time.monotonic() > until:
                 raise ControlError(
                     f"stages of {name!r} were started by hand: end them with Ctrl-C, each in its terminal"

@@ -1,5 +1,6 @@
 """The settings of a run: run.toml, checked key by key, and what the command line overrides."""
 
+import contextlib
 import re
 import tomllib
 from pathlib import Path
@@ -47,7 +48,7 @@ class PlaybackConfig(_Section):
     """How long the first frame waits, so that a later one may be late by as much. Unset: 4 for echo, 40 for moshi.
     Doubled after each gap, up to a frame."""
     queue_frames: Annotated[int, Meta(ge=2, le=100)] = 3
-    """More frames than these waiting for the speaker are skipped, oldest first, down to one."""
+    """More frames than these waiting for the speaker are skipped, oldest first, down to two."""
 
 
 class InferenceConfig(_Section):
@@ -129,7 +130,9 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
 
 def _file(spec: str) -> Path | None:
     kind, _, name = spec.partition(":")
-    return Path(name).resolve() if kind == "file" else None
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a name that is none: the device will say so
+        return Path(name).resolve() if kind == "file" else None
+    return None
 
 
 def encode(config: Config) -> bytes:

@@ -73,7 +73,8 @@ _DROPPED_AT: Final = 66
 _TAKEN_AT: Final = 67
 
 _NO_END: Final = -1
-_RETRIES: Final = 1_000
+_RETRIES: Final = 50
+"""Readings of what a living writer changes in microseconds before it is taken for dead."""
 
 COUNTERS: Final = ("concealed", "gaps", "xruns", "cleaned")
 """What a ring's writer counts besides samples: samples of concealment, gaps in the audio that were concealed,
@@ -276,6 +277,10 @@ class Ring:
                 return anchor if version else None
         return None
 
+    def count(self, counter: str, amount: int) -> None:
+        """Add to one of COUNTERS, which are the writer's to keep."""
+        self.words[_COUNTER_AT[counter]] += amount
+
     def mark(self, index: int) -> Mark | None:
         """Mark number `index`, or None if it is not made yet or was overwritten."""
         count = self.mark_count
@@ -403,7 +408,7 @@ class RingWriter:
 
     def count(self, counter: str, amount: int = 1) -> None:
         """Add to one of COUNTERS."""
-        self._words[_COUNTER_AT[counter]] += amount
+        self.ring.count(counter, amount)
 
     def begin(self) -> None:
         """Begin a change of several counts, of this ring or the one it is fed from, that `steadily` sees as one."""

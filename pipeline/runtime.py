@@ -86,19 +86,24 @@ class RunFolder:
         Raises ConfigError where it, or a folder above it, is someone else's, and where it holds something else.
         """
         try:
-            parent = self.path.parent
-            parent.parent.mkdir(parents=True, exist_ok=True)
-            parent.mkdir(mode=0o700, exist_ok=True)
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            _refuse_foreign(self.path)
-            if any(self.path.iterdir()) and not self._lock_path.exists():
-                raise ConfigError(
-                    f"runtime folder {self.path} holds something that no run put there: choose another name"
-                )
-            if stat.S_IMODE(self.path.stat().st_mode) != 0o700:
-                self.path.chmod(0o700)
+            self._make()
         except OSError as error:
-            raise ConfigError(f"runtime folder {self.path} cannot be made: {error.strerror}") from None
+            raise self._unmakeable(error) from None
+
+    def _make(self) -> None:
+        parent = self.path.parent
+        parent.parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(mode=0o700, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        _refuse_foreign(self.path)
+        held = os.listdir(self.path)
+        if held and self._lock_path.name not in held:
+            raise ConfigError(f"runtime folder {self.path} holds something that no run put there: choose another name")
+        if stat.S_IMODE(self.path.stat().st_mode) != 0o700:
+            self.path.chmod(0o700)
+
+    def _unmakeable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"runtime folder {self.path} cannot be made: {error.strerror}")
 
     def log(self, stage: str) -> Path:
         """Where a stage's standard error goes."""
@@ -118,37 +123,46 @@ class RunFolder:
         Raises ControlError if someone else holds it.
         """
         until = time.monotonic() + _PATIENCE_S
-        while True:
-            self.make()
-            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if not self._take(lock, shared):
-                os.close(lock)
-                if time.monotonic() < until:
-                    time.sleep(_POLL_S)
-                    continue
+        while not self._take(shared, patient=time.monotonic() < until):
+            if time.monotonic() > until:
                 raise ControlError(
                     f"a run named {self.name!r} is up already: stop it with `pipeline down --name {self.name}`, "
                     "or choose another --name"
                 )
-            # A run that ended just now may have removed the file after it was opened here.
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(lock).st_ino == self._lock_path.stat().st_ino:
-                    self._lock = lock
-                    return
-            os.close(lock)
+            time.sleep(_POLL_S)
 
-    def _take(self, lock: int, shared: bool) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _take(self, shared: bool, patient: bool) -> bool:
+        try:
+            self._make()
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except (FileNotFoundError, FileExistsError) as error:
+            # A run that is just ending takes the folder away between these steps.
+            if patient:
+                return False
+            raise self._unmakeable(error) from None
+        except OSError as error:
+            raise self._unmakeable(error) from None
+        if self._flock(lock, fcntl.LOCK_EX) and self._is_current(lock):
             if shared:
-                # The first to come: what is here is a dead run's.
-                self.clear()
+                self.clear()  # the first to come: what is here is a dead run's
                 fcntl.flock(lock, fcntl.LOCK_SH)
+        elif not (shared and self._flock(lock, fcntl.LOCK_SH) and self._is_current(lock)):
+            os.close(lock)
+            return False
+        self._lock = lock
+        return True
+
+    @staticmethod
+    def _flock(lock: int, kind: int) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
             return True
-        if shared:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return True
+        return False
+
+    def _is_current(self, lock: int) -> bool:
+        """Whether the file is still the folder's: a run that ended since it was opened has removed it."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.fstat(lock).st_ino == self._lock_path.stat().st_ino
         return False
 
     def is_locked(self) -> bool:

@@ -143,6 +143,7 @@ class _Waiting:
     """A client whose command a stage is carrying out."""
 
     address: list[bytes]
+    command: AnyCommand
     verb: str
     stage: StageName
     until_ns: int
@@ -415,6 +416,8 @@ class Supervisor:
                     self._tell(stage, level, message)
                 case Acknowledged(request=request) if request in self._waiting:
                     waiting = self._waiting.pop(request)
+                    if not report.error and isinstance(waiting.command, Mute | Unmute):
+                        self._muted = isinstance(waiting.command, Mute)
                     self.hub.reply(waiting.address, waiting.reply(report))
                 case Heartbeat(stage=name):
                     self._stages[name].device_latency_ms = report.device_latency_ms
@@ -513,8 +516,6 @@ class Supervisor:
             self._end()
         else:
             name = CARRIED_OUT_BY[type(command)]
-            if isinstance(command, Mute | Unmute):
-                self._muted = isinstance(command, Mute)
             stage = self._stages[name]
             if stage.state != "running":
                 error = f"{name} is {stage.state}, not running"
@@ -522,7 +523,7 @@ class Supervisor:
                 return
             self._requests += 1
             until_ns = self._clock() + round(ANSWER_S * NS_PER_S)
-            self._waiting[self._requests] = _Waiting(address, verb, name, until_ns)
+            self._waiting[self._requests] = _Waiting(address, command, verb, name, until_ns)
             self.hub.order(name, Apply(request=self._requests, command=command))
 
     def status(self) -> StatusReport:

@@ -51,6 +51,12 @@ class _Least:
         self._seen, self._least_ns = 0, sys.maxsize
 
 
+def _reconcile(playback: Ring, heard: Ring) -> None:
+    """A predecessor that was killed between two counts had sent what it had not yet counted as played."""
+    sent, played = heard.ledger(), playback.ledger().consumed
+    heard.count("concealed", sent.written - played - sent.concealed)
+
+
 class Player:
     """Turns frames that come when they come into blocks that are due when they are due.
 
@@ -62,8 +68,8 @@ class Player:
     def __init__(self, playback: Ring, heard: Ring, prebuffer_ns: int, queue_frames: int) -> None:
         self._ring = playback
         self._source = Consumer(playback)
+        _reconcile(playback, heard)
         self._heard = RingWriter(heard)
-        self._reconcile(heard)
         self.prebuffer_ns = prebuffer_ns
         """How long a frame waits, after silence, before its first sample is sent."""
         self._queue = queue_frames * FRAME
@@ -83,11 +89,6 @@ class Player:
         self._lasting_waits = _Least(_LASTING)
         self.last_sound_ns = 0
         """When the last sample of the model's that was sent so far reaches the speaker."""
-
-    def _reconcile(self, heard: Ring) -> None:
-        # A predecessor that was killed between two counts had sent what it had not yet counted as played.
-        sent, played = heard.ledger(), self._ring.ledger().consumed
-        self._heard.count("concealed", sent.written - played - sent.concealed)
 
     @property
     def ended(self) -> bool:

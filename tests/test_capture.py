@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from pipeline.audio import Samples
 from pipeline.control import Hub
-from pipeline.errors import DeviceError
-from pipeline.messages import Finished, Mute, TimingRecord, Unmute, XrunRecord
+from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.messages import Finished, LogRecord, Mute, TimingRecord, Unmute, XrunRecord
 from pipeline.ring import Anchor, Mark, Ring, RingReader
 from pipeline.runtime import RunFolder
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
 from pipeline.worker import Context
 from procs.capture import Capture
+from procs.devices import Unopened
 from tests import helpers
 from tests.helpers import received, speech_like
 
@@ -161,16 +162,53 @@ def test_muted_it_writes_silence_and_goes_on_counting(stage: tuple[Context, Hub]
     samples = speech_like(3)
     microphone = Microphone(capture)
     microphone.give(samples[:FRAME])
-    assert capture.apply(Mute()) == 1
+    # Another block as long as the last may be on its way, from before: the frame that follows it is the first.
+    assert capture.apply(Mute()) == 2
     microphone.give(samples[FRAME : 2 * FRAME])
-    assert capture.apply(Mute()) == 2  # twice is as once
-    assert capture.apply(Unmute()) == 2
+    assert capture.apply(Mute()) == 3  # twice is as once
+    assert capture.apply(Unmute()) == 3
     microphone.give(samples[2 * FRAME :])
     written = content(context.rings["capture"])
     np.testing.assert_array_equal(written[:FRAME], samples[:FRAME])
     assert not written[FRAME : 2 * FRAME].any()
     np.testing.assert_array_equal(written[2 * FRAME :], samples[2 * FRAME :])
     assert [mark.frame for mark in marks(context.rings["capture"])] == [0, 1, 2]
+
+
+def test_muted_before_the_first_block_nothing_is_heard(stage: tuple[Context, Hub]) -> None:
+    context, _ = stage
+    capture = Capture(context)
+    assert capture.apply(Mute()) == 0
+    Microphone(capture).give(speech_like(2))
+    assert not content(context.rings["capture"]).any()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 2 * FRAME), st.integers(1, 12), st.booleans())
+def test_from_the_acknowledged_frame_on_all_is_as_it_was_set(
+    stage: tuple[Context, Hub], size: int, before: int, under_way: bool
+) -> None:
+    """Also where the block that was under way had been let through before the setting changed."""
+    context, _ = stage
+    ring = context.rings["capture"]
+    capture = Capture(context)
+    block = np.full(size, 0.25, np.float32)
+    capture.on_block(np.zeros(-ring.position % FRAME, np.float32), BEGAN_NS, xrun=False)
+    for _ in range(before):
+        capture.on_block(block.copy(), BEGAN_NS, xrun=False)
+    position = ring.position
+    first = capture.apply(Mute())
+    assert first == -(-(position + size) // FRAME)
+    if under_way:
+        capture._muted = False
+        capture.on_block(block.copy(), BEGAN_NS, xrun=False)
+        capture._muted = True
+    reader = RingReader(ring, first * FRAME)
+    while ring.position < (first + 2) * FRAME:
+        capture.on_block(block.copy(), BEGAN_NS, xrun=False)
+    heard = np.empty(2 * FRAME, np.float32)
+    assert reader.read(heard) == 2 * FRAME
+    assert not heard.any()
 
 
 @pytest.mark.parametrize("muted", [False, True])
@@ -280,6 +318,46 @@ def test_a_file_that_has_ended_ends_the_stream_at_the_next_look(folder: RunFolde
         capture.stop()
         assert received(hub, 1) == [Finished(stage="capture")]
         assert context.rings["capture"].end == 0
+
+
+class Failing(Unopened):
+    """An input that stops by itself."""
+
+    def __init__(self, why: DeviceError) -> None:
+        self.why = why
+        self.stopped = False
+
+    def failure(self) -> DeviceError | None:
+        return self.why
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def test_a_file_that_turns_out_to_be_damaged_is_an_error_and_ends_the_stream(stage: tuple[Context, Hub]) -> None:
+    context, hub = stage
+    capture = Capture(context)
+    Microphone(capture).give(speech_like(1)[:100])
+    device = capture._device = Failing(DeviceError("input file x.flac: it is damaged"))
+    capture.work()
+    capture.work()
+    log, timing, finished = received(hub, 3)
+    assert isinstance(log, LogRecord)
+    assert (log.stage, log.level, log.message) == ("capture", "error", "input file x.flac: it is damaged")
+    assert [report for report in (timing, finished) if isinstance(report, Finished)] == [Finished(stage="capture")]
+    assert context.rings["capture"].end == FRAME  # what was read of it is answered
+    assert device.stopped
+    hub.wait(0.05)
+    assert list(hub.reports()) == []  # said once
+
+
+def test_a_device_that_is_lost_is_not_the_end_of_the_stream(stage: tuple[Context, Hub]) -> None:
+    context, _ = stage
+    capture = Capture(context)
+    capture._device = Failing(DeviceLostError("input mic: the device has stopped"))
+    with pytest.raises(DeviceLostError, match="input mic: the device has stopped"):
+        capture.work()
+    assert context.rings["capture"].end is None
 
 
 @pytest.mark.parametrize("spec", ["", "nothing", "file:", "silence:1", "tone:", "tone:x", "tone:-1", "tone:12000"])

@@ -1,5 +1,6 @@
 """pipeline.config: every key, and every way in which one can be wrong, by the whole line that says so."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_every_key_can_be_set(run_toml: Path) -> None:
         [playback]
         output = "null"
         block_ms = 1.5
-        latency_ms = 10_000
+        latency_ms = 1_000
         prebuffer_ms = 0
         queue_frames = 2
         [sampler]
@@ -100,7 +101,7 @@ def test_every_key_can_be_set(run_toml: Path) -> None:
         ring_seconds=10.0,
         capture=CaptureConfig(input="tone:440", block_ms=80.0, latency_ms=0.0),
         inference=InferenceConfig(backlog_target=1, backlog_limit=1),
-        playback=PlaybackConfig(output="null", block_ms=1.5, latency_ms=10_000.0, prebuffer_ms=0.0, queue_frames=2),
+        playback=PlaybackConfig(output="null", block_ms=1.5, latency_ms=1_000.0, prebuffer_ms=0.0, queue_frames=2),
         sampler=SamplerConfig(text_temperature=0.0, text_top_k=1, audio_temperature=10.0, audio_top_k=100_000, seed=0),
     )
 
@@ -125,6 +126,9 @@ def test_every_key_can_be_set(run_toml: Path) -> None:
         ("[capture]\nblock_ms = 0.5", "capture.block_ms = 0.5: expected `float` >= 1.0"),
         ("[capture]\nblock_ms = true", "capture.block_ms = True: expected `float`, got `bool`"),
         ("[capture]\nlatency_ms = -1", "capture.latency_ms = -1: expected `float` >= 0.0"),
+        ("[capture]\nlatency_ms = 1000.1", "capture.latency_ms = 1000.1: expected `float` <= 1000.0"),
+        ("[playback]\nlatency_ms = 10_000", "playback.latency_ms = 10000: expected `float` <= 1000.0"),
+        ("seconds = 1_000_000_001", "seconds = 1000000001: expected `float` <= 1000000000.0"),
         ("[inference]\nbacklog_limit = 0", "inference.backlog_limit = 0: expected `int` >= 1"),
         ("[inference]\nbacklog_target = 101", "inference.backlog_target = 101: expected `int` <= 100"),
         ("[inference]\nbacklog_target = 2.5", "inference.backlog_target = 2.5: expected `int`, got `float`"),
@@ -250,6 +254,44 @@ def test_the_backlog_is_looked_at_after_the_overrides(run_toml: Path) -> None:
     assert config.load(run_toml, {"inference.backlog_limit": 20}).inference.backlog_limit == 20
     expected = "inference.backlog_limit = 19: expected at least inference.backlog_target, 20"
     assert refused(run_toml, {"inference.backlog_limit": 19}) == f"{run_toml}: {expected}"
+
+
+def test_seconds_may_be_a_lifetime_of_a_machine(run_toml: Path) -> None:
+    run_toml.write_text("seconds = 1e9")
+    assert config.load(run_toml, {}).seconds == 1e9
+
+
+@pytest.mark.parametrize("output", ["a.wav", "./a.wav", "folder/../a.wav", "link.wav", "{here}/a.wav"])
+def test_the_input_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("a.wav").touch()
+    Path("link.wav").symlink_to("a.wav")
+    sink = "file:" + output.format(here=tmp_path)
+    line = f"playback.output = {sink!r}: expected another file than the input"
+    assert refused(None, {"capture.input": "file:a.wav", "playback.output": sink}) == line
+    Path("run.toml").write_text(f"[capture]\ninput = 'file:a.wav'\n[playback]\noutput = '{sink}'")
+    assert refused(None) == line
+    assert config.load(None, {"playback.output": "file:b.wav"}).playback.output == "file:b.wav"
+
+
+@pytest.mark.parametrize("spec", ["device", "device:a.wav", "null"])
+def test_what_is_no_file_may_have_the_inputs_name(spec: str) -> None:
+    chosen = config.load(None, {"capture.input": "file:a.wav", "playback.output": spec})
+    assert chosen.playback.output == spec
+
+
+@pytest.mark.parametrize("odd", ["\0", "loop.wav"])
+def test_a_file_name_that_is_none_is_not_the_loaders_undoing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """What is opened later says what is wrong with it, or it is refused here, in one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop.wav").symlink_to("loop.wav")
+    with contextlib.suppress(ConfigError):
+        config.load(None, {"capture.input": f"file:{odd}", "playback.output": "file:answer.wav"})
+    with contextlib.suppress(ConfigError):
+        config.load(None, {"capture.input": "file:a.wav", "playback.output": f"file:{odd}"})
 
 
 def test_the_prebuffer_that_is_not_set_depends_on_the_engine() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import psutil
 import pytest
@@ -26,6 +27,10 @@ from tests.helpers import PATIENCE_S, received, wait_until
 
 folder = helpers.folder
 runtime_dir = helpers.runtime_dir
+
+
+MESSAGE_MAX: Final = 1 << 16
+"""Bytes."""
 
 
 @pytest.fixture
@@ -235,7 +240,7 @@ def test_garbage_leaves_the_hub_serving(folder: RunFolder, hub: Hub) -> None:
     def answer(data: bytes) -> Reply:
         try:
             return Reply(ok=True, verb=type(messages.decode_command(data)).__name__)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Reply(ok=False, error=str(error))
 
     with serving(hub, answer):
@@ -247,7 +252,8 @@ def test_garbage_leaves_the_hub_serving(folder: RunFolder, hub: Hub) -> None:
             [b"", b"{"],
             [b"a", b"b", b"", b"c", b'{"verb": "dance"}'],
             [b"x"] * 500,
-            [b"", b"[" * 100_000],
+            [b"", b"[" * 60_000],
+            [b"", b"x" * MESSAGE_MAX],
         ):
             with raw(folder) as client:
                 client.send_multipart(parts)
@@ -255,17 +261,26 @@ def test_garbage_leaves_the_hub_serving(folder: RunFolder, hub: Hub) -> None:
                 reply = messages.decode_reply(client.recv_multipart()[-1])
                 assert not reply.ok
                 assert reply.error
-        with raw(folder) as client:
-            client.send_multipart([b"", b"x" * (1 << 20) + b"x"])  # larger than any message may be
-            assert not client.poll(100)
-        with raw(folder) as client:
-            client.send_multipart([b"", b"x" * ((1 << 20) - 10)])
-            assert client.poll(1_000 * int(PATIENCE_S))
         with raw(folder, zmq.PUSH) as client, contextlib.suppress(zmq.Again):
             client.send(b"of another pattern", zmq.NOBLOCK)
         with contextlib.closing(unix_socket(folder.control)) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert request(folder.control, b'{"verb": "status"}', PATIENCE_S) == Reply(ok=True, verb="Status")
+
+
+@pytest.mark.parametrize("size", [MESSAGE_MAX + 1, 1 << 20])
+def test_a_message_that_is_too_large_closes_the_connection_and_is_not_answered(
+    folder: RunFolder, hub: Hub, size: int
+) -> None:
+    with serving(hub, lambda data: Reply(ok=True, verb=str(len(data)))), raw(folder) as client:
+        with client.get_monitor_socket(zmq.EVENT_DISCONNECTED) as monitor:
+            client.send_multipart([b"", b"x" * size])
+            assert monitor.poll(1_000 * int(PATIENCE_S))
+            client.disable_monitor()
+        client.send_multipart([b"", b"x" * MESSAGE_MAX])  # over a new connection; the first reply that comes is its
+        assert client.poll(1_000 * int(PATIENCE_S))
+        assert messages.decode_reply(client.recv_multipart()[-1]).verb == str(MESSAGE_MAX)
+        assert request(folder.control, b"{}", PATIENCE_S).verb == "2"
 
 
 def unix_socket(path: Path) -> socket.socket:
@@ -274,13 +289,7 @@ def unix_socket(path: Path) -> socket.socket:
     return plain
 
 
-def test_a_run_that_is_not_up_is_said_so(folder: RunFolder) -> None:
-    with pytest.raises(ControlError) as refused:
-        request(folder.control, b"{}", 0.1)
-    assert str(refused.value) == "no run is up under 't': start one with `pipeline up`"
-
-
-@pytest.mark.parametrize("left", ["a hub that does not answer", "a socket that no one listens to", "a file"])
+@pytest.mark.parametrize("left", ["a hub that does not answer", "a socket that no one listens to", "a file", "nothing"])
 def test_a_run_that_does_not_answer_is_said_so(folder: RunFolder, left: str) -> None:
     hub = None
     if "hub" in left:
@@ -288,7 +297,7 @@ def test_a_run_that_does_not_answer_is_said_so(folder: RunFolder, left: str) -> 
     elif "socket" in left:
         with socket.socket(socket.AF_UNIX) as abandoned:
             abandoned.bind(str(folder.control))
-    else:
+    elif "file" in left:
         folder.control.touch()
     with pytest.raises(ControlError) as refused:
         request(folder.control, b"{}", 0.1)

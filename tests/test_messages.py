@@ -62,7 +62,7 @@ REPORTS: list[Report] = [
     Acknowledged(request=3, frame=9),
     Acknowledged(request=3, frame=9, error="it cannot"),
     Finished(stage="playback"),
-    Heartbeat(stage="inference", device_latency_ms=3.0),
+    Heartbeat(stage="inference", device_latency_ms=3.0, lost_reports=2),
 ]
 
 ORDERS: list[Order] = [Start(), Finish(), Stop(), *(Apply(request=4, command=command) for command in COMMANDS)]
@@ -276,6 +276,20 @@ def test_accounting_that_holds_has_no_discrepancies() -> None:
 )
 def test_each_equation_is_watched(field: str, line: str) -> None:
     assert Accounting(**{field: 5}).discrepancies() == [line]
+
+
+def test_what_was_cleaned_is_in_no_equation() -> None:
+    counts = Accounting(cleaned=3, cleaned_answers=4)
+    assert counts.discrepancies() == []
+    assert json.loads(messages.encode(counts))["cleaned_answers"] == 4
+    assert Accounting(cleaned_answers=-1).discrepancies() == ["cleaned_answers is -1"]
+
+
+def test_reports_that_were_lost_are_shown() -> None:
+    assert json.loads(messages.encode(Heartbeat(stage="capture", lost_reports=5)))["lost_reports"] == 5
+    found = json.loads(messages.encode(StageStatus(state="running", pid=1, restarts=0, lost_reports=5)))
+    assert found["lost_reports"] == 5
+    assert json.loads(messages.encode(StageStatus(state="running", pid=1, restarts=0)))["lost_reports"] == 0
 
 
 def test_one_count_may_break_two_equations() -> None:

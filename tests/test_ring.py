@@ -1,6 +1,7 @@
 """The ring against a plain model of it, its layout and its life, in one process."""
 
 import contextlib
+import itertools
 import mmap
 import os
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pipeline import ring as rings
 from pipeline.errors import RingError
+from pipeline.messages import Accounting
 from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.topology import FRAME, SAMPLE_RATE
 from tests.ring_writer import positions
@@ -229,9 +231,97 @@ def test_a_consumer_that_was_lapped_has_dropped_what_it_lost(ring: Ring) -> None
     assert ledger.waiting == consumer.available == FRAME - 100
 
 
+class _Killed(BaseException):
+    """Stands for kill -9: nothing after it is carried out."""
+
+
+class Deadly:
+    """The words of a ring, whose `stores`th store is the last thing but one that its process does."""
+
+    def __init__(self, words: memoryview, stores: int) -> None:
+        self._words = words
+        self.left = stores
+
+    def __getitem__(self, at: int) -> int:
+        return int(self._words[at])
+
+    def __setitem__(self, at: int, value: int) -> None:
+        if not self.left:
+            raise _Killed
+        self.left -= 1
+        self._words[at] = value
+
+
+def balance(ring: Ring) -> Accounting:
+    counts = ring.ledger()
+    return Accounting(
+        captured=counts.written, stepped=counts.consumed, dropped=counts.dropped, waiting_in=counts.waiting
+    )
+
+
+@pytest.mark.parametrize("change", ["consume", "drop", "skip", "lapped"])
+def test_a_consumer_killed_between_two_stores_leaves_a_ledger_that_balances(ring: Ring, change: str) -> None:
+    writer = RingWriter(ring)
+    out = np.zeros(500, np.float32)
+    for stores in itertools.count():
+        writer.write(positions(writer.position, 1_000))
+        consumer = Consumer(ring)
+        assert ring.words[rings._CONSUMER_VERSION_AT] % 2 == 0  # what the one before left odd
+        assert consumer.position == ring.ledger().consumed + ring.ledger().dropped
+        assert balance(ring).discrepancies() == []
+        if change == "lapped":
+            for _ in range(5):
+                writer.write(positions(writer.position, 1_000))
+        elif change != "skip":
+            consumer.read(out)
+        before = ring.ledger()
+        consumer._words = Deadly(ring.words, stores)  # type: ignore[assignment]
+        killed = False
+        try:
+            if change == "lapped":
+                consumer.read(out)
+            else:
+                getattr(consumer, change)(500)
+        except _Killed:
+            killed = True
+        assert balance(ring).discrepancies() == [], stores
+        after = ring.ledger()
+        moved = after.consumed + after.dropped - before.consumed - before.dropped
+        assert before.waiting - after.waiting == moved
+        if not killed:
+            assert stores == 4  # the version, the counter, the position, the version
+            assert moved == (500 if change != "lapped" else before.waiting - ring.capacity)
+            return
+
+
+@pytest.mark.parametrize(
+    ("word", "off"), [(rings._CONSUMED_AT, -7), (rings._DROPPED_AT, -7), (rings._TAKEN_AT, 7)], ids=str
+)
+def test_what_waits_is_counted_for_itself(ring: Ring, word: int, off: int) -> None:
+    """And not as what the other counts leave over: a count that is wrong shows."""
+    writer, consumer = RingWriter(ring), Consumer(ring)
+    writer.write(positions(0, 1_000))
+    consumer.read(np.zeros(300, np.float32))
+    consumer.consume(200)
+    consumer.drop(100)
+    assert balance(ring).discrepancies() == []
+    assert ring.ledger().waiting == 700
+    ring.words[word] += 7
+    assert balance(ring).discrepancies() == [f"captured = stepped + dropped + waiting_in is off by {off}"]
+
+
+@pytest.mark.parametrize("uncounted", [100, -100])
+def test_a_consumer_that_counts_other_than_it_reads_is_found_out(ring: Ring, uncounted: int) -> None:
+    writer, consumer = RingWriter(ring), Consumer(ring)
+    writer.write(positions(0, 1_000))
+    consumer.read(np.zeros(500, np.float32))
+    consumer.consume(500 - uncounted)
+    assert balance(ring).discrepancies() == [f"captured = stepped + dropped + waiting_in is off by {uncounted}"]
+
+
 def test_steadily_sees_a_change_of_two_rings_whole_or_not_at_all(ring: Ring) -> None:
     writer = RingWriter(ring)
-    seen = []
+    seen: list[int] = []
 
     def reading() -> int:
         if not seen:
@@ -300,7 +390,7 @@ def test_another_layout_is_refused(ring: Ring, name: str) -> None:
 def test_what_is_no_ring_is_refused(name: str, size: int) -> None:
     segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=size)
     segment.close_fd()
-    with pytest.raises(RingError, match="too short for a ring|no ring of this program"):
+    with pytest.raises(RingError, match=r"too short for a ring|no ring of this program"):
         Ring.attach(name)
 
 

@@ -6,6 +6,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +29,10 @@ runtime_dir = helpers.runtime_dir
 
 HOLDER = """
 import sys
+from pipeline import runtime
 from pipeline.errors import ControlError
 from pipeline.runtime import RunFolder
+runtime._PATIENCE_S = 0.05
 folder = RunFolder("t")
 try:
     folder.lock(shared=sys.argv[1] == "shared")
@@ -87,8 +91,11 @@ def holding(kind: str) -> Iterator[Holder]:
 def test_names_that_are_good(runtime_dir: Path, name: str) -> None:
     run = RunFolder(name)
     assert run.path == runtime_dir / name
-    run.make()
+    assert runtime.names() == []
+    run.lock()
     assert runtime.names() == [name]
+    run.release()
+    assert runtime.names() == []
 
 
 @pytest.mark.parametrize(
@@ -109,14 +116,22 @@ def test_no_name_leads_out_of_the_folder_of_runs(name: str) -> None:
         assert Path(os.path.normpath(run.path)) == run.path
 
 
-def test_names_lists_the_folders_that_are_there(runtime_dir: Path) -> None:
+def test_names_lists_the_folders_that_hold_a_lock(runtime_dir: Path) -> None:
+    """Of a run that is up or has died; another folder is not a run's."""
     assert runtime.names() == []
     (runtime_dir / "a-file").touch()
-    for name in ("b", "a"):
-        RunFolder(name).make()
+    for name in ("not-a-runs", "-odd"):
+        (runtime_dir / name).mkdir()
+    (runtime_dir / "-odd" / "lock").touch()
+    RunFolder("made").make()
+    runs = {name: RunFolder(name) for name in ("b", "a")}
+    for run in runs.values():
+        run.lock()
     assert runtime.names() == ["a", "b"]
-    runtime_dir.joinpath("b").rmdir()
+    runs["b"].release()
     assert runtime.names() == ["a"]
+    runs["a"].release(keep_logs=True)
+    assert runtime.names() == ["a"]  # until another run of the name clears it
 
 
 def test_where_nothing_was_ever_run_there_are_no_names(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +219,7 @@ def test_the_folder_is_for_its_user_alone(runtime_dir: Path, umask: int) -> None
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o755, 0o500, 0o1777])
+@pytest.mark.parametrize("mode", [0o755, 0o500, 0o770, 0o1777])
 def test_permissions_that_are_too_wide_are_tightened(runtime_dir: Path, mode: int) -> None:
     run = RunFolder("t")
     run.path.mkdir()
@@ -216,26 +231,81 @@ def test_permissions_that_are_too_wide_are_tightened(runtime_dir: Path, mode: in
 
 def test_a_folder_of_another_user_is_refused(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder("t")
-    run.make()
+    above = runtime_dir / "above"
+    above.mkdir()
     mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
-    with pytest.raises(ConfigError) as refused:
-        run.make()
-    assert str(refused.value) == f"runtime folder {run.path} belongs to user {mine}, not to you"
+    if mine:
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    for theirs in (run.path, runtime_dir, above):
+        theirs.mkdir(exist_ok=True)
+        monkeypatch.setenv("PIPELINE_RUNTIME_DIR", str(above / "runs" if theirs == above else runtime_dir))
+        if not mine:  # root's folders are nobody's to refuse
+            os.chown(theirs, 4_242, -1)
+        other = RunFolder("t")
+        with pytest.raises(ConfigError) as refused:
+            other.lock()
+        line = str(refused.value)
+        assert line.startswith(f"runtime folder {other.path}: ")
+        assert line.endswith(" is not yours alone to write: set PIPELINE_RUNTIME_DIR")
+        if not mine:
+            assert f": {theirs} is not" in line
+        assert not (other.path / "lock").exists()
+        if not mine:
+            os.chown(theirs, mine, -1)
 
 
-@pytest.mark.parametrize(("mode", "good"), [(0o777, False), (0o770, False), (0o1777, True), (0o755, True)])
-def test_a_folder_in_one_that_others_may_write_is_refused(runtime_dir: Path, mode: int, good: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "good"), [(0o777, False), (0o707, False), (0o770, True), (0o1777, True), (0o755, True)]
+)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_folder_below_one_that_anyone_may_write_is_refused(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, depth: int, mode: int, good: bool
+) -> None:
     """Whoever may rename it could put another in its place; where the sticky bit is set, only its owner may."""
-    runtime_dir.chmod(mode)
-    try:
-        if good:
-            RunFolder("t").make()
-        else:
-            with pytest.raises(ConfigError, match=str(runtime_dir)):
-                RunFolder("t").make()
-    finally:
-        runtime_dir.chmod(0o700)
+    above = runtime_dir / "a"
+    monkeypatch.setenv("PIPELINE_RUNTIME_DIR", str(above.joinpath(*"bc"[:depth])))
+    run = RunFolder("t")
+    run.make()
+    above.chmod(mode)
+    if good:
+        run.lock()
+        run.release()
+    else:
+        with pytest.raises(ConfigError) as refused:
+            run.lock()
+        assert str(refused.value) == (
+            f"runtime folder {run.path}: {above} is not yours alone to write: set PIPELINE_RUNTIME_DIR"
+        )
+
+
+def test_a_folder_that_anyone_may_write_is_refused_itself(runtime_dir: Path) -> None:
+    run = RunFolder("t")
+    run.make()
+    run.path.chmod(0o777)
+    with pytest.raises(ConfigError, match=f"{run.path} is not yours alone to write"):
+        run.lock()
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "a run's file"])
+def test_a_folder_that_holds_something_else_is_refused(folder: RunFolder, what: str) -> None:
+    """As where PIPELINE_RUNTIME_DIR is a home directory and the name that of a folder in it."""
+    inside = {"file": folder.path / "thesis.txt", "folder": folder.path / "photos", "a run's file": folder.settings}[
+        what
+    ]
+    if what == "folder":
+        inside.mkdir()
+    else:
+        inside.write_text("dear")
+    for shared in (False, True):
+        with pytest.raises(ConfigError) as refused:
+            folder.lock(shared=shared)
+        assert str(refused.value) == (
+            f"runtime folder {folder.path} holds something that no run put there: choose another name"
+        )
+    with pytest.raises(ConfigError):
+        folder.make()
+    assert [inside] == list(folder.path.iterdir())
+    assert runtime.names() == []
 
 
 def test_logs_that_say_nothing_are_not_kept(folder: RunFolder) -> None:
@@ -243,7 +313,7 @@ def test_logs_that_say_nothing_are_not_kept(folder: RunFolder) -> None:
     folder.log("capture").touch()
     folder.log("inference").write_text("a traceback")
     folder.release(keep_logs=True)
-    assert [path.name for path in folder.path.iterdir()] == ["inference.log"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["inference.log", "lock"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(runtime_dir: Path) -> None:
@@ -303,9 +373,15 @@ def fill(run: RunFolder) -> None:
     """All that a run may leave."""
     for spec in RINGS:
         Ring.create(run.segment(spec.name), seconds=1).close()
-    for path in (run.control, run.events, run.stages, run.settings, run.log("capture"), run.path / "stray"):
+    for path in (run.control, run.events, run.stages, run.settings, run.log("capture"), run.path / "lock"):
         path.write_bytes(b"left")
     Bell(run.bell("capture")).close()
+
+
+def fill_but_the_lock(run: RunFolder) -> None:
+    for spec in RINGS:
+        Ring.create(run.segment(spec.name), seconds=1).close()
+    run.control.touch()
 
 
 def test_release_leaves_nothing(folder: RunFolder) -> None:
@@ -324,8 +400,11 @@ def test_release_keeps_logs_where_it_is_told_to(folder: RunFolder) -> None:
     fill(folder)
     folder.release(keep_logs=True)
     assert segments_left(folder) == []
-    assert [path.name for path in folder.path.iterdir()] == ["capture.log"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["capture.log", "lock"]
     assert not folder.is_locked()
+    folder.lock()  # and the name can be had again
+    folder.release()
+    assert not folder.path.exists()
 
 
 def test_a_stale_folder_is_cleared_but_for_the_lock_that_is_held(folder: RunFolder) -> None:
@@ -338,16 +417,110 @@ def test_a_stale_folder_is_cleared_but_for_the_lock_that_is_held(folder: RunFold
     folder.release()
 
 
+@pytest.mark.parametrize("keep_logs", [False, True])
 @pytest.mark.parametrize("end", ["clear", "release"])
-def test_a_folder_within_the_folder_is_cleared_too(folder: RunFolder, end: str) -> None:
+def test_what_no_run_put_there_is_never_removed(folder: RunFolder, end: str, keep_logs: bool) -> None:
     folder.lock()
+    fill(folder)
     stray = folder.path / "stray"
     stray.mkdir()
     (stray / "file").touch()
-    getattr(folder, end)()
-    assert not stray.exists()
+    (folder.path / "other.log").write_text("mine")
+    (folder.path / "thesis.txt").touch()
+    getattr(folder, end)(keep_logs=keep_logs)
+    left = {"stray", "other.log", "thesis.txt"} | ({"capture.log"} if keep_logs else set())
+    assert {path.name for path in folder.path.iterdir()} - {"lock"} == left
+    assert (stray / "file").exists()
     if end == "clear":
         folder.release()
+
+
+def test_what_a_link_leads_to_is_never_removed(folder: RunFolder, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    folder.lock()
+    folder.settings.symlink_to(kept)
+    folder.release()
+    assert kept.read_text() == "mine"
+    assert not folder.path.exists()
+
+
+def test_the_first_to_share_a_name_clears_what_a_dead_run_left(folder: RunFolder) -> None:
+    fill(folder)
+    with holding("shared") as first:
+        assert first.held
+        assert segments_left(folder) == []
+        assert [path.name for path in folder.path.iterdir()] == ["lock"]
+        fill(folder)
+        with holding("shared") as second:
+            assert second.held
+            assert segments_left(folder) == [spec.name for spec in RINGS]  # the first one's
+            assert folder.control.exists()
+
+
+def test_a_name_that_becomes_free_in_a_moment_is_waited_for(folder: RunFolder) -> None:
+    """As when `pipeline down` has returned and the run that it ended is about to leave."""
+    holder = RunFolder("t")
+    holder.lock()
+    freeing = threading.Timer(0.1, holder.release)
+    freeing.start()
+    try:
+        folder.lock()
+    finally:
+        freeing.join()
+    assert folder.is_locked()
+    folder.release()
+
+
+def test_a_name_may_be_had_while_its_last_run_is_leaving(folder: RunFolder) -> None:
+    """Whoever takes it and whoever leaves it meet at every step: it is had, or said to be taken."""
+    unexpected: list[BaseException] = []
+    had = [0, 0]
+    until = time.monotonic() + 1
+
+    def again_and_again(which: int) -> None:
+        while time.monotonic() < until and not unexpected:
+            run = RunFolder("t")
+            try:
+                run.lock()
+                had[which] += 1
+                run.release()
+            except ControlError:
+                pass
+            except BaseException as error:
+                unexpected.append(error)
+
+    threads = [threading.Thread(target=again_and_again, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert unexpected == []
+    assert min(had) > 0
+
+
+def test_who_opened_the_lock_of_a_run_that_ended_touches_nothing_of_the_next(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its open and its flock the file was removed, and another run has made a new one."""
+    last, following = RunFolder("t"), RunFolder("t")
+    last.lock()
+    flock = RunFolder._flock
+
+    def late(lock: int, kind: int) -> bool:
+        monkeypatch.setattr(RunFolder, "_flock", staticmethod(flock))
+        last.release()
+        following.lock()
+        fill_but_the_lock(following)
+        return flock(lock, kind)
+
+    monkeypatch.setattr(RunFolder, "_flock", staticmethod(late))
+    monkeypatch.setattr(runtime, "_PATIENCE_S", 0.05)
+    with pytest.raises(ControlError):
+        folder.lock(shared=True)
+    assert segments_left(following) == [spec.name for spec in RINGS]
+    assert following.control.exists()
+    following.release()
 
 
 def test_the_last_to_leave_clears_everything(folder: RunFolder) -> None:
