@@ -25,15 +25,18 @@ _RECENT = 12
 _LASTING = 150
 """Frames, 12 s, after which it is looked whether all of them waited for longer than the first prebuffer asked."""
 
-_SLACK_NS = 5 * NS_PER_MS
-"""What a frame may wait beyond that and the time to the next block: it is not worth a cut."""
+_LASTING_MOST = 2 * _LASTING
+"""The same, after one gap upon another: what disturbs so often is not to be tempted so soon."""
+
+_WORTH_NS = 2 * NS_PER_MS
+"""What a frame may wait for longer than it has to: less is not worth a cut."""
 
 
 class _Least:
     """The smallest of every so many durations."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._seen = 0
         self._least_ns = sys.maxsize
 
@@ -41,7 +44,7 @@ class _Least:
         """The smallest of the last `count`, when there are so many; then it begins anew."""
         self._seen += 1
         self._least_ns = min(self._least_ns, duration_ns)
-        if self._seen < self._count:
+        if self._seen < self.count:
             return None
         least_ns = self._least_ns
         self.clear()
@@ -166,8 +169,7 @@ class Player:
         mark = self._ring.mark(source.position // FRAME)
         if mark is None:
             return
-        surplus = self._surplus(now_ns() - mark.end_ns)
-        if surplus > FADE:
+        if surplus := self._surplus(now_ns() - mark.end_ns):
             self._skip(surplus)
         into_ns = source.position % FRAME * NS_PER_S // SAMPLE_RATE
         self._heard.mark(
@@ -188,29 +190,30 @@ class Player:
         recent_ns, lasting_ns = self._recent_waits.add(waited_ns), self._lasting_waits.add(waited_ns)
         if not self._disturbed:
             return 0
-        surplus_ns = 0
-        if recent_ns is not None:
-            surplus_ns = recent_ns - self.prebuffer_ns - self._block_ns - _SLACK_NS
+        least_ns = [ns for ns in (recent_ns, lasting_ns) if ns is not None]
         if lasting_ns is not None:
-            lasting_surplus_ns = lasting_ns - self._initial_prebuffer_ns - self._block_ns - _SLACK_NS
             if lasting_ns >= self.prebuffer_ns // 2:
                 self.prebuffer_ns = max(self._initial_prebuffer_ns, self.prebuffer_ns // 2)
-            self._disturbed = lasting_surplus_ns > 0 or self.prebuffer_ns > self._initial_prebuffer_ns
-            surplus_ns = max(surplus_ns, lasting_surplus_ns)
-        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S)
+            self._lasting_waits.count = _LASTING
+            self._disturbed = self.prebuffer_ns > self._initial_prebuffer_ns
+        # A frame waits for the prebuffer, and then for a block: half of one when nothing is known of the two.
+        surplus_ns = max(least_ns, default=0) - self.prebuffer_ns - self._block_ns // 2
+        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if surplus_ns > _WORTH_NS else 0
 
     def _skip(self, count: int) -> None:
-        """Pass over `count` samples, at least FADE, fading from the first of them into what follows."""
+        """Pass over the next `count` samples, fading from the first of them into what follows."""
         source = self._source
-        before = source.position
+        goal = source.position + count
         # From silence there is nothing to fade out, and a fade out that is under way goes on.
         if self._sounding and self._faded == FADE:
-            source.drop(source.read(self._fading))
+            got = source.read(self._fading)
+            source.position -= got
+            self._fading[got:] = 0
             self._fading *= self._fall
             if self._risen < FADE:
                 self._fading *= self._rise[self._risen]
             self._faded = 0
-        source.skip(max(0, count - (source.position - before)))
+        source.skip(max(0, goal - source.position))
         self._risen = 0
 
     def _begin_gap(self) -> None:
@@ -218,9 +221,10 @@ class Player:
             self._heard.count("gaps")
             # What was late once will be again: wait longer next time, a frame at most.
             self.prebuffer_ns = min(FRAME_NS, max(NS_PER_MS, 2 * self.prebuffer_ns))
-        self._disturbed = True
         self._recent_waits.clear()
         self._lasting_waits.clear()
+        self._lasting_waits.count = _LASTING_MOST if self._disturbed else _LASTING
+        self._disturbed = True
         # Backwards from the last sample but one: no step is larger than one that was just played.
         np.multiply(self._recent[-2::-1], self._fall, out=self._fading)
         self._faded = 0
