@@ -45,7 +45,7 @@ class PlaybackConfig(_Section):
     latency_ms: Milliseconds = 20.0
     """What is asked of the device. It reports what it gives."""
     prebuffer_ms: Annotated[float, Meta(ge=0, le=80)] | None = None
-    """How long the first frame waits, so that a later one may be late by as much. Unset: 4 for echo, 40 for moshi.
+    """How long the first frame waits, so that a later one may be late by as much. Unset: 3 for echo, 40 for moshi.
     Doubled after each gap, up to a frame."""
     queue_frames: Annotated[int, Meta(ge=2, le=100)] = 3
     """More frames than these waiting for the speaker are skipped, oldest first, down to two."""
@@ -88,7 +88,7 @@ class Config(_Section):
     sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
 
 
-_PREBUFFER_MS: Final[dict[EngineName, float]] = {"echo": 4.0, "moshi": 40.0}
+_PREBUFFER_MS: Final[dict[EngineName, float]] = {"echo": 3.0, "moshi": 40.0}
 
 
 def prebuffer_ms(config: Config) -> float:

@@ -21,6 +21,7 @@ class Capture:
         self._writer = RingWriter(self._ring)
         self._bell = context.bell
         self._device: devices.Input = devices.Unopened()
+        make_fit(devices.silence(FRAME))  # the first time takes milliseconds
         self._muted = False
         self._captured_ns = 0
         self._block = 0

@@ -7,7 +7,7 @@ from pipeline.audio import make_fit
 from pipeline.control import HasFileno
 from pipeline.messages import AnyCommand, Finished, Reset, TextRecord, TimingRecord, XrunRecord
 from pipeline.ring import Consumer, RingWriter
-from pipeline.timing import now_ns
+from pipeline.timing import now_ns, promote_thread
 from pipeline.topology import FRAME
 from pipeline.worker import Context
 from procs.engines import Echo, Engine
@@ -23,6 +23,7 @@ class Inference:
         self._source = Consumer(self._capture)
         self._writer = RingWriter(context.rings["playback"])
         self._frame = np.zeros(FRAME, np.float32)
+        make_fit(self._frame)  # the first time takes milliseconds; the first frame need not wait for it
         self._engine: Engine = Echo()
         self._ended = False
         self._pass_over_answered()
@@ -58,7 +59,9 @@ class Inference:
         return detail
 
     def start(self) -> None:
-        """Nothing to start: frames arrive by themselves."""
+        """Frames arrive by themselves."""
+        if isinstance(self._engine, Echo):
+            promote_thread()  # it only copies; an engine that computes would keep all others from the processor
 
     def device_latency_ms(self) -> float:
         return 0.0  # no device is opened here
