@@ -80,6 +80,8 @@ class Capture:
             start = stop
 
     def _on_end(self) -> None:
+        """The device has no more, and says so in its own thread, at once: the last frame is not to be late."""
+        self._seal()
         self._input_ended = True
 
     def work(self) -> bool:
@@ -116,6 +118,11 @@ class Capture:
             return
         self._finished = True
         self._device.stop()
+        if not self._input_ended:
+            self._seal()
+        self._context.report(Finished(stage="capture"))
+
+    def _seal(self) -> None:
         missing = -self._writer.position % FRAME
         if missing:
             last = self._ring.anchor or Anchor(self._writer.position, now_ns())
@@ -123,7 +130,6 @@ class Capture:
             self.on_block(devices.silence(missing), last.time_ns + since * NS_PER_S // SAMPLE_RATE, xrun=False)
         self._writer.end()
         self._bell.ring()
-        self._context.report(Finished(stage="capture"))
 
     def apply(self, command: AnyCommand) -> int:
         if isinstance(command, Mute | Unmute):

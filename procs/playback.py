@@ -10,7 +10,7 @@ from pipeline import worker
 from pipeline.audio import FADE, Samples, falling, rising
 from pipeline.control import HasFileno
 from pipeline.messages import AnyCommand, Finished, TimingRecord, XrunRecord
-from pipeline.ring import Consumer, Mark, Ring, RingWriter
+from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
 from pipeline.worker import Context
@@ -58,14 +58,6 @@ def _reconcile(playback: Ring, heard: Ring) -> None:
     """A predecessor that was killed between two counts had sent what it had not yet counted as played."""
     sent, played = heard.ledger(), playback.ledger().consumed
     heard.count("concealed", sent.written - played - sent.concealed)
-
-
-def _waited_ns(mark: Mark) -> int:
-    """How long a frame has waited since it was there, and the microphone could have heard all of it.
-
-    A device that delivers before its own date for a frame's last sample will be later with another frame.
-    """
-    return now_ns() - max(mark.end_ns, mark.captured_ns + FRAME_NS)
 
 
 class Player:
@@ -161,7 +153,7 @@ class Player:
         if source.available < FRAME - source.position % FRAME:
             return False
         oldest = self._ring.mark(source.position // FRAME)
-        if oldest is not None and _waited_ns(oldest) < self.prebuffer_ns and source.available < 2 * FRAME:
+        if oldest is not None and now_ns() - oldest.end_ns < self.prebuffer_ns and source.available < 2 * FRAME:
             return False
         self._playing = True
         self._sounding = False
@@ -177,7 +169,7 @@ class Player:
         mark = self._ring.mark(source.position // FRAME)
         if mark is None:
             return
-        if surplus := self._surplus(_waited_ns(mark)):
+        if surplus := self._surplus(now_ns() - mark.end_ns):
             self._skip(surplus)
         into_ns = source.position % FRAME * NS_PER_S // SAMPLE_RATE
         self._heard.mark(

@@ -295,7 +295,7 @@ def test_a_file_name_that_is_none_is_not_the_loaders_undoing(
 
 
 def test_the_prebuffer_that_is_not_set_depends_on_the_engine() -> None:
-    assert config.prebuffer_ms(Config(engine="echo")) == 4.0
+    assert config.prebuffer_ms(Config(engine="echo")) == 3.0
     assert config.prebuffer_ms(Config(engine="moshi")) == 40.0
     assert config.prebuffer_ms(Config(engine="moshi", playback=PlaybackConfig(prebuffer_ms=0.0))) == 0.0
 

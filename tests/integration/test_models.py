@@ -99,7 +99,10 @@ def test_the_doctor_finds_nothing_wrong_with_what_needs_little(runs: Runs, model
 
 
 def test_the_doctor_says_what_to_do(runs: Runs) -> None:
-    (runs.folder / "run" / "dead").mkdir(parents=True)
+    dead = runs.folder / "run" / "dead"
+    dead.mkdir(parents=True)
+    (dead / "lock").touch()
+    (runs.folder / "run" / "holiday pictures").mkdir()  # no run's: not to be cleared
     code, found = findings(runs)
     assert code == 1
     assert "pipeline models pull kyutai/moshiko-mlx-q4" in found["checkpoint"]["found"]

@@ -77,7 +77,7 @@ def test_devices_by_index_and_by_default(sound_server: SoundServer) -> None:
 def test_an_unknown_device_is_refused_with_the_names_of_those_that_are_there(sound_server: SoundServer) -> None:
     with with_sound(sound_server) as runs:
         refused = runs.call("up", "--engine", "echo", "--input", "device:loudspeaker", "--output", "null")
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         line = f"pipeline: capture: input device:loudspeaker: not found; input devices here: .*'{MICROPHONE}'"
         assert len(refused.stderr.splitlines()) == 1
         assert re.match(line, refused.stderr)
