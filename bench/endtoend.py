@@ -114,7 +114,8 @@ def devices(seconds: float, loops: int = 0, config: str = "") -> Figures:
         counts = {k: after["accounting"][k] - before["accounting"][k] for k in ("dropped", "skipped", "gaps")}
         concealed_ms = (after["accounting"]["concealed"] - before["accounting"]["concealed"]) * _MS
         return {
-            "fed exact": heard.exact, "captured exact": captured.exact, "played exact": played.exact, "equal samples": played.equal, "fed": played.fed,
+            "fed exact": heard.exact, "captured exact": captured.exact, "played exact": played.exact,
+            "equal samples": played.equal, "fed": played.fed,
             "recorded delay ms": steady_delays(left, right), **latency(after),
             "xruns": {side: after["xruns"][side] - before["xruns"][side] for side in after["xruns"]}, **counts,
             "concealed ms": round(concealed_ms, 1), "exit code": code,

@@ -26,17 +26,25 @@ def now_ns() -> int:
     return time.monotonic_ns()
 
 
-def promote_thread() -> bool:
-    """Ask for real-time scheduling (SCHED_FIFO) of the calling thread; False where the system does not permit it.
+def promote_thread(thread: int = 0) -> bool:
+    """Ask for real-time scheduling (SCHED_FIFO) of a thread of this process, by default of the calling one.
 
-    On macOS the audio system's threads are real-time already and nothing is asked.
+    False where the system does not permit it. On macOS the audio system's threads are real-time already and nothing
+    is asked.
     """
     if sys.platform != "linux":
         return False
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_REALTIME_PRIORITY))
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(_REALTIME_PRIORITY))
         return True
     return False
+
+
+def threads() -> set[int]:
+    """The system's numbers of this process's threads; empty where it does not show them."""
+    with contextlib.suppress(FileNotFoundError):
+        return {int(entry) for entry in os.listdir("/proc/self/task")}
+    return set()
 
 
 class Durations:

@@ -27,7 +27,7 @@ import soxr
 
 from pipeline.audio import FULL_SCALE, Samples
 from pipeline.errors import DeviceError, DeviceLostError
-from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread
+from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread, threads
 from pipeline.topology import FRAME, SAMPLE_RATE
 
 OnBlock = Callable[[Samples, int, bool], None]
@@ -461,10 +461,11 @@ def _choose(sd: Any, name: str, kind: str) -> _Chosen:
 class _PortAudioStream:
     """What input and output share: the stream, and that it may stop by itself when its device is lost."""
 
-    def __init__(self, stream: Any, kind: str, detail: str) -> None:
+    def __init__(self, stream: Any, kind: str, detail: str, threads_before: set[int]) -> None:
         self.detail = detail
         self._kind = kind
         self._stream = stream
+        self._threads_before = threads_before
         self._started = False
 
     def start(self) -> None:
@@ -472,6 +473,9 @@ class _PortAudioStream:
             self._stream.start()
         except Exception as error:  # sounddevice's own, which is not imported here
             raise DeviceLostError(f"{self._kind} {self.detail}: cannot be started: {error}") from None
+        # PortAudio's own, which calls back, and the sound system's, without which it would have nothing to call for.
+        for thread in threads() - self._threads_before:
+            promote_thread(thread)
         self._started = True
 
     def stop(self) -> None:
@@ -502,6 +506,7 @@ class _PortAudioInput(_PortAudioStream):
     """A microphone. The callback copies, resamples where the device cannot do 24 kHz, and hands on."""
 
     def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock) -> None:
+        threads_before = threads()
         sd = _portaudio()
         chosen = _choose(sd, name, "input")
         self._on_block = on_block
@@ -514,14 +519,13 @@ class _PortAudioInput(_PortAudioStream):
         )
         self._taken = 0
         self._given = 0
-        self._promoted = False
         device_block = block * chosen.rate // SAMPLE_RATE
         self._samples = silence(device_block)
         stream = _open_stream(
             sd, sd.InputStream, chosen, "input",
             blocksize=device_block, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, "input", f"{chosen.name} at {chosen.rate} Hz")
+        super().__init__(stream, "input", f"{chosen.name} at {chosen.rate} Hz", threads_before)
 
     @property
     def latency_ms(self) -> float:
@@ -531,8 +535,6 @@ class _PortAudioInput(_PortAudioStream):
         return max(0.0, -distance_ms - len(self._samples) * 1_000 / self._rate)
 
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
-        if not self._promoted:
-            self._promoted = promote_thread() or True
         # Differences of two of a callback's own times: which clock PortAudio keeps depends on version and system.
         adc_ns = self._dating.date(count, round((at.inputBufferAdcTime - at.currentTime) * NS_PER_S))
         samples = self._samples[:count]
@@ -551,6 +553,7 @@ class _PortAudioOutput(_PortAudioStream):
     """A speaker. The callback asks for as many samples as the device wants, and copies them."""
 
     def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock) -> None:
+        threads_before = threads()
         sd = _portaudio()
         chosen = _choose(sd, name, "output")
         self._on_block = on_block
@@ -563,14 +566,13 @@ class _PortAudioOutput(_PortAudioStream):
         )
         self._asked = 0
         self._delivered = 0
-        self._promoted = False
         self._samples = silence(block)
         self._held = silence(0)
         stream = _open_stream(
             sd, sd.OutputStream, chosen, "output",
             blocksize=block * chosen.rate // SAMPLE_RATE, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, "output", f"{chosen.name} at {chosen.rate} Hz")
+        super().__init__(stream, "output", f"{chosen.name} at {chosen.rate} Hz", threads_before)
 
     @property
     def latency_ms(self) -> float:
@@ -578,8 +580,6 @@ class _PortAudioOutput(_PortAudioStream):
         return float(self._stream.latency) * 1_000 if distance_ms is None else max(0.0, distance_ms)
 
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
-        if not self._promoted:
-            self._promoted = promote_thread() or True
         dac_ns = self._dating.date(count, round((at.outputBufferDacTime - at.currentTime) * NS_PER_S))
         underflow = bool(status.output_underflow)
         if self._resampler is None:

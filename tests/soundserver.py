@@ -8,11 +8,9 @@ With `cable=True` both devices are the two channels of one sound card: they shar
 them down side by side, so that the delay between the two is known to the sample (see `delay_samples`).
 """
 
-import contextlib
 import ctypes.util
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -24,11 +22,11 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.topology import SAMPLE_RATE
+
 MICROPHONE: Final = "vmic"
 SPEAKER: Final = "vspk"
 """The devices' names, as PortAudio lists them."""
-
-PIPELINE_RATE: Final = 24_000
 
 FEED_LATENCY_MS: Final = 1_000
 """How far ahead the microphone's feeder writes: it must not stutter on a busy machine."""
@@ -59,17 +57,18 @@ PROGRAMS: Final = {
 """The programs that are run here, each with the Debian package that holds it."""
 
 ALSA_CONFIG: Final = Path("/usr/share/alsa/alsa.conf")
-ALSA_PLUGIN: Final = "alsa-lib/libasound_module_pcm_pulse.so"
-LIBRARY_FOLDERS: Final = ("/usr/lib", "/usr/lib64")
+ALSA_PLUGINS: Final = ("lib/*/alsa-lib", "lib/alsa-lib", "lib64/alsa-lib")
+"""Where below /usr distributions keep them."""
 
-# norewinds: otherwise a stream's first callback can be up to 1.7 s late.
+# norewinds=1: otherwise a stream's first callback can be up to 1.7 s late.
 TWO_CARDS: Final = """\
 load-module module-null-sink sink_name=mic format=float32le rate={rate} channels=1 norewinds=1
 load-module module-null-sink sink_name=spk format=float32le rate={rate} channels=1 norewinds=1
 set-default-sink spk
 set-default-source mic.monitor
 """
-# remix=no: a channel is taken as it is; otherwise microphone and speaker would be mixed into each other.
+# The microphone is mic's monitor and no remap-source, which would hide the monitor's latency: PortAudio's ADC times
+# would wander by up to 20 ms. remix=no: each channel is taken as it is, and not mixed into the other.
 ONE_CARD: Final = """\
 load-module module-null-sink sink_name=cable format=float32le rate={rate} channels=2 \
 channel_map=front-left,front-right norewinds=1
@@ -98,7 +97,7 @@ def missing() -> str | None:
             return package
     if not ALSA_CONFIG.exists():
         return "libasound2-data"
-    if not any(any(Path(folder).glob(f"**/{ALSA_PLUGIN}")) for folder in LIBRARY_FOLDERS):
+    if not any(any(Path("/usr").glob(f"{folder}/libasound_module_pcm_pulse.so")) for folder in ALSA_PLUGINS):
         return "libasound2-plugins"
     if ctypes.util.find_library("portaudio") is None:
         return "libportaudio2"
@@ -111,11 +110,11 @@ def delay_samples(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> int:
     The signal must not repeat itself; noise and speech are good ones. A scaled or partly missing `right` is
     still found. Raises ValueError if the two do not hold the same signal.
     """
+    left, right = left.astype(np.float64), right.astype(np.float64)
     size = 1 << (len(left) + len(right) - 1).bit_length()
-    spectrum = np.fft.rfft(right.astype(np.float64), size) * np.fft.rfft(left.astype(np.float64), size).conj()
-    correlation = np.fft.irfft(spectrum, size)
+    correlation = np.fft.irfft(np.fft.rfft(right, size) * np.fft.rfft(left, size).conj(), size)
     peak = int(np.argmax(correlation))
-    energy = float(np.linalg.norm(left.astype(np.float64)) * np.linalg.norm(right.astype(np.float64)))
+    energy = float(np.linalg.norm(left) * np.linalg.norm(right))
     if energy == 0 or correlation[peak] < MIN_CORRELATION * energy:
         raise ValueError("the two recordings do not hold the same signal")
     return peak if peak < len(right) else peak - size
@@ -130,9 +129,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
         time.sleep(POLL_S)
 
 
-def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
-    """End `process`: the signal, STOP_TIMEOUT_S of patience, then SIGKILL. Fine if it has ended already."""
-    process.send_signal(how)
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End `process`: SIGTERM, STOP_TIMEOUT_S of patience, then SIGKILL. Fine if it has ended already."""
+    process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -171,7 +170,7 @@ class Recording:
 class SoundServer:
     """A PulseAudio of its own in a temporary folder. A context manager: on leaving, nothing is left behind.
 
-    All processes started here die with the thread that started them, should that be killed.
+    Whatever is started here dies with the thread that starts it, so that a killed test leaves at most the folder.
 
     rate: of both devices, in Hz. A stream of any other rate is resampled by the server.
     cable: one card with one clock for both devices, and `record_both`; otherwise two cards.
@@ -180,17 +179,20 @@ class SoundServer:
     PortAudio, from the moment it is initialised while the server is up.
     """
 
-    def __init__(self, rate: int = PIPELINE_RATE, *, cable: bool = False) -> None:
+    def __init__(self, rate: int = SAMPLE_RATE, *, cable: bool = False) -> None:
         self.rate: Final = rate
         self.cable: Final = cable
         self.folder: Final = Path(tempfile.mkdtemp(prefix="sound-"))
         server = f"unix:{self.folder}/native"
-        folder_names = ("HOME", "XDG_RUNTIME_DIR", "PULSE_RUNTIME_PATH", "PULSE_STATE_PATH")
-        self._own_env: Final = dict.fromkeys(folder_names, str(self.folder)) | {"PULSE_SERVER": server}
+        # The paths and the cookie: otherwise PulseAudio's client library makes its own, below HOME.
         self.env: Final = {
-            "PULSE_SERVER": server,
             "ALSA_CONFIG_PATH": f"{ALSA_CONFIG}:{self.folder}/asound.conf",
+            "PULSE_SERVER": server,
+            "PULSE_COOKIE": f"{self.folder}/cookie",
+            "PULSE_RUNTIME_PATH": str(self.folder),
+            "PULSE_STATE_PATH": str(self.folder),
         }
+        self._own_env: Final = os.environ | self.env | {"HOME": str(self.folder), "XDG_RUNTIME_DIR": str(self.folder)}
         self._server: subprocess.Popen[bytes] | None = None
         self._clients: Final[list[subprocess.Popen[bytes]]] = []
         self._script: Final = self.folder / "script.pa"
@@ -289,15 +291,17 @@ class SoundServer:
     def _spawn(self, command: list[str], stderr: Any = None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
-            env=os.environ | self._own_env,
+            env=self._own_env,
             stdin=subprocess.DEVNULL,
             stderr=stderr,
         )
 
     def _answers(self) -> bool:
-        if self._server is None or self._server.poll() is not None:
-            with contextlib.suppress(OSError):
-                log = self._log.read_text(errors="replace")
-            raise SoundServerError(f"the sound server ended at once:\n{log}")
-        reply = subprocess.run(["pactl", "info"], env=os.environ | self._own_env, capture_output=True, check=False)
-        return reply.returncode == 0
+        """Whether the server can be reached. Raises SoundServerError if it has ended or lacks a device."""
+        command = ["pactl", "list", "short", "sinks"]
+        reply = subprocess.run(command, env=self._own_env, capture_output=True, text=True, check=False)
+        has_devices = {"mic", "spk"} <= set(reply.stdout.split())
+        ended = self._server is None or self._server.poll() is not None
+        if ended or (reply.returncode == 0 and not has_devices):
+            raise SoundServerError(f"the sound server did not start:\n{self._log.read_text(errors='replace')}")
+        return has_devices
