@@ -195,18 +195,21 @@ class _PacedInput:
         self._on_block = on_block
         self._on_end = on_end
         self._first = True
+        try:
+            self._block = next(blocks, None)  # to read a file for the first time takes long
+        except soundfile.LibsndfileError as error:
+            raise DeviceError(f"input {detail}: {error.error_string}") from None
         self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn)
 
     def _turn(self, due_ns: int) -> bool:
         if self._first:
-            self._first = False
-            return True  # the first block is complete one block later
-        block = next(self._blocks, None)
-        if block is None:
+            self._first = False  # the first block is complete one block later
+        elif self._block is not None:
+            self._on_block(self._block, due_ns - _PACED_INPUT_BLOCK * NS_PER_S // SAMPLE_RATE, False)
+            self._block = next(self._blocks, None)
+        if self._block is None:
             self._on_end()
-            return False
-        self._on_block(block, due_ns - _PACED_INPUT_BLOCK * NS_PER_S // SAMPLE_RATE, False)
-        return True
+        return self._block is not None
 
     def start(self) -> None:
         self._pace.start()
