@@ -22,7 +22,7 @@ from rich.table import Table
 
 from pipeline import checkpoints
 from pipeline.ring import Ring, RingReader, Samples, segment_name
-from pipeline.topology import FRAME, FRAME_MS, SAMPLE_RATE
+from pipeline.topology import FRAME, FRAME_MS, RINGS, SAMPLE_RATE
 from tests.runs import (
     Run,
     Runs,
@@ -50,12 +50,13 @@ _SETTLE_S: Final = 3.0
 _MS: Final = 1_000 / SAMPLE_RATE
 
 
-def files(seconds: float) -> Figures:
+def files(seconds: float, config: str = "") -> Figures:
     """echo, WAV to WAV."""
     with Runs() as runs:
         fed = noise(seconds)
         source, target = write_wav(runs.folder / "in.wav", fed), runs.folder / "out.wav"
-        with runs.up("--engine", "echo", "--input", f"file:{source}", "--output", f"file:{target}") as run:
+        options = ["--config", str(runs.config(config)), "--input", f"file:{source}", "--output", f"file:{target}"]
+        with runs.up("--engine", "echo", *options) as run:
             wait_for(lambda: "ready" in run.err or run.process.poll() is not None, "the run")
             last = watch(run, seconds)
             code = run.wait(seconds + 30)
@@ -192,6 +193,27 @@ def idle(seconds: float) -> Figures:
         return figures
 
 
+def starts(seconds: float) -> Figures:
+    """50 starts and stops in a row, and what they left behind."""
+    with Runs() as runs:
+        codes, processes = [], []
+        began = time.monotonic()
+        for _ in range(50):
+            with runs.up("--engine", "echo", "--input", "silence", "--output", "null") as run:
+                run.running()
+                processes += children(run.process)
+                codes.append(run.interrupt())
+        took = time.monotonic() - began
+        segments = [segment_name(runs.folder / "run" / "default", spec.name).lstrip("/") for spec in RINGS]
+        return {
+            "exit codes": sorted(set(codes)),
+            "seconds each": round(took / len(codes), 2),
+            "processes left": sum(process.is_running() for process in processes),
+            "files left": runs.leftovers(),
+            "segments left": [name for name in segments if Path("/dev/shm", name).exists()],
+        }
+
+
 def moshi(quality: str) -> Callable[[float], Figures]:
     """The tiny synthetic checkpoint in real time."""
 
@@ -216,6 +238,8 @@ def moshi(quality: str) -> Callable[[float], Figures]:
 
 CASES: Final[dict[str, Callable[[float], Figures]]] = {
     "files": files,
+    "files, prebuffer 40 ms": lambda seconds: files(seconds, config=STEADY),
+    "starts": starts,
     "devices": devices,
     "devices, prebuffer 40 ms": lambda seconds: devices(seconds, config=STEADY),
     "devices, both cores busy": lambda seconds: devices(seconds, loops=2),
