@@ -20,7 +20,7 @@ class Capture:
         self._ring = context.rings["capture"]
         self._writer = RingWriter(self._ring)
         self._bell = context.bell
-        self._device: devices.Input = devices.Unopened()
+        self._device: devices.Device = devices.Unopened()
         make_fit(devices.silence(FRAME))  # the first time takes milliseconds
         self._muted = False
         self._captured_ns = 0

@@ -52,31 +52,14 @@ _CALLBACKS: Final = 25
 """Whose median dates a block."""
 
 
-class Input(Protocol):
-    """A source of samples, open from its construction, running from `start` to `stop`."""
+class Device(Protocol):
+    """A source or a sink of samples, open from its construction, running from `start` to `stop`."""
 
     detail: str
 
     @property
     def latency_ms(self) -> float:
-        """From the converter to the callback, beyond the block itself, as the device reports it."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def failure(self) -> DeviceError | None:
-        """Why it stopped by itself, if it did: DeviceLostError if it may come back."""
-
-
-class Output(Protocol):
-    """A sink of samples, open from its construction, running from `start` to `stop`."""
-
-    detail: str
-
-    @property
-    def latency_ms(self) -> float:
-        """From the callback to the converter, as the device reports it."""
+        """Between the converter and the callback, beyond the block itself, as the device reports it."""
 
     def start(self) -> None: ...
 
@@ -109,7 +92,7 @@ def silence(count: int) -> Samples:
 
 def open_input(
     spec: str, *, block: int, latency_ms: float, resume_at: int, on_block: OnBlock, on_end: Callable[[], None]
-) -> Input:
+) -> Device:
     """Open what `spec` names. A file goes on at sample `resume_at`, and calls `on_end` after its last.
 
     Raises DeviceError.
@@ -127,7 +110,7 @@ def open_input(
     raise DeviceError(f"input {spec!r}: expected {INPUT_SPECS}")
 
 
-def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_block: OnBlock) -> Output:
+def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_block: OnBlock) -> Device:
     """Open what `spec` names. With `resume`, a file is added to and not begun anew. Raises DeviceError."""
     kind, _, name = spec.partition(":")
     match kind:

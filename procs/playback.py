@@ -270,7 +270,7 @@ class Playback:
             prebuffer_ns=round(settings.prebuffer_ms(config) * NS_PER_MS),
             queue_frames=config.playback.queue_frames,
         )
-        self._device: devices.Output = devices.Unopened()
+        self._device: devices.Device = devices.Unopened()
         self._running = False
         self._finished = False
         self._next_mark = self._heard.mark_count
