@@ -106,6 +106,7 @@ def test_devices_that_cannot_do_24_khz_run_at_their_own_rate(sound_cable: SoundS
         assert abs(int(spectrum.argmax()) - 500) <= 1
         step = np.abs(np.diff(middle)).max()
         assert step < 1.2 * 0.4 * 2 * np.pi * 500 / SAMPLE_RATE  # no click: no step larger than the tone's own
-        onset = [int(np.flatnonzero(np.abs(side) > 0.1)[0]) for side in (left, right)]
-        true_ms = (onset[1] - onset[0]) * 1_000 / SAMPLE_RATE
+        # At the tone's end, as what was told is of the last second: a device's hiccup before it may have moved both.
+        ends = [int(np.flatnonzero(np.abs(side) > 0.1)[-1]) for side in (left, right)]
+        true_ms = (ends[1] - ends[0]) * 1_000 / SAMPLE_RATE
         assert abs(float(told) - true_ms) < AGREEMENT_MS
