@@ -85,6 +85,13 @@ class Unopened:
         return None
 
 
+def _resampler(source_rate: int, target_rate: int) -> soxr.ResampleStream | None:
+    """What brings mono samples from one rate to the other; None where they are the same."""
+    if source_rate == target_rate:
+        return None
+    return soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32", quality=_RESAMPLER)
+
+
 def silence(count: int) -> Samples:
     """`count` zeros."""
     return np.zeros(count, np.float32)
@@ -256,12 +263,12 @@ def _file_blocks(path: Path, resume_at: int) -> Iterator[Samples]:
     rate = source.samplerate
 
     def parts() -> Iterator[Samples]:
-        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality=_RESAMPLER)
+        resampler = _resampler(rate, SAMPLE_RATE)
         with source:
             for part in source.blocks(rate, dtype="float32", always_2d=True):
                 mono = part[:, 0].copy() if part.shape[1] == 1 else part.mean(axis=1, dtype=np.float32)
-                yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
-            if rate != SAMPLE_RATE:
+                yield mono if resampler is None else resampler.resample_chunk(mono)
+            if resampler is not None:
                 yield resampler.resample_chunk(silence(0), last=True)
 
     def blocks() -> Iterator[Samples]:
@@ -498,11 +505,7 @@ class _PortAudioInput(_PortAudioStream):
         self._on_block = on_block
         self._rate = chosen.rate
         self._dating = _Dating(chosen.rate)
-        self._resampler = (
-            None
-            if chosen.rate == SAMPLE_RATE
-            else soxr.ResampleStream(chosen.rate, SAMPLE_RATE, 1, dtype="float32", quality=_RESAMPLER)
-        )
+        self._resampler = _resampler(chosen.rate, SAMPLE_RATE)
         self._taken = 0
         self._given = 0
         device_block = block * chosen.rate // SAMPLE_RATE
@@ -545,11 +548,7 @@ class _PortAudioOutput(_PortAudioStream):
         self._on_block = on_block
         self._rate = chosen.rate
         self._dating = _Dating(chosen.rate)
-        self._resampler = (
-            None
-            if chosen.rate == SAMPLE_RATE
-            else soxr.ResampleStream(SAMPLE_RATE, chosen.rate, 1, dtype="float32", quality=_RESAMPLER)
-        )
+        self._resampler = _resampler(SAMPLE_RATE, chosen.rate)
         self._asked = 0
         self._delivered = 0
         self._samples = silence(block)
