@@ -83,7 +83,10 @@ def test_what_is_not_fit_for_the_codec_is_cleaned_and_counted(runs: Runs) -> Non
 
 
 def test_seconds_end_a_run_that_would_go_on(runs: Runs) -> None:
-    with runs.up("--engine", "echo", "--input", "tone:440", "--output", "null", "--seconds", "1") as run:
+    config = runs.config(STEADY)
+    with runs.up(
+        "--engine", "echo", "--config", str(config), "--input", "tone:440", "--output", "null", "--seconds", "1"
+    ) as run:
         assert run.wait() == 0, run.err
         counts = accounting(run.out)
     assert_balanced(counts)
@@ -108,7 +111,10 @@ def test_moshi_answers_every_frame(runs: Runs, quality: str) -> None:
         counts = accounting(run.out)
         transcript = run.out.split("\n")[0]
     assert_balanced(counts)
-    assert counts["captured"] == counts["stepped"] == counts["generated"] == counts["played"] == 4 * SAMPLE_RATE
+    assert counts["captured"] == counts["stepped"] == counts["generated"] == 4 * SAMPLE_RATE
+    # What a late frame delayed the others by is taken back: on a busy machine some samples are skipped for that.
+    assert counts["dropped"] == counts["waiting_in"] == counts["waiting_out"] == 0
+    assert counts["skipped"] < counts["concealed"]
     assert len(transcript.split()) > 3
     out = read_wav(target)
     assert np.isfinite(out).all()
