@@ -8,6 +8,7 @@ from typing import Final
 
 from hdrh.histogram import HdrHistogram
 
+from pipeline import apple
 from pipeline.messages import Spread, StageSpread
 from pipeline.topology import FRAME_MS
 
@@ -29,9 +30,11 @@ def now_ns() -> int:
 def promote_thread(thread: int = 0) -> bool:
     """Ask for real-time scheduling (SCHED_FIFO) of a thread of this process, by default of the calling one.
 
-    False where the system does not permit it. On macOS the audio system's threads are real-time already and nothing
-    is asked.
+    On macOS, where the audio system's threads are real-time already, the calling one comes into the highest class of
+    service, and others are left as they are. False where the system does not permit it.
     """
+    if sys.platform == "darwin" and not thread:
+        return apple.raise_thread()
     if sys.platform != "linux":
         return False
     with contextlib.suppress(PermissionError, ProcessLookupError):
