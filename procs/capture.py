@@ -1,6 +1,6 @@
 """The capture stage: microphone samples, made fit for the codec, into the capture ring. Nothing else."""
 
-from pipeline import worker
+from pipeline import apple, worker
 from pipeline.audio import make_fit
 from pipeline.control import HasFileno
 from pipeline.errors import DeviceLostError
@@ -23,6 +23,7 @@ class Capture:
         self._device: devices.Device = devices.Unopened()
         make_fit(devices.silence(FRAME))  # the first time takes milliseconds
         self._muted = False
+        self._microphone = apple.MicrophoneWatch(context.config.capture.input)
         self._captured_ns = 0
         self._block = 0
         self._input_ended = False
@@ -59,6 +60,7 @@ class Capture:
             writer.count("cleaned", cleaned)
         if xrun:
             writer.count("xruns")
+        self._microphone.take(samples)
         if self._muted:
             samples.fill(0)
         writer.anchor(writer.position, adc_ns)
@@ -92,6 +94,8 @@ class Capture:
             # A damaged file will not get better: what was read of it is answered.
             self._context.log("error", str(failure))
             self.finish()
+        if self._microphone.warns():
+            self._context.log("warning", apple.MICROPHONE_ADVICE)
         ledger = self._ring.ledger()
         while (mark := self._ring.mark(self._next_mark)) is not None:
             self._next_mark += 1
