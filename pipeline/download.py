@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.checkpoints import CONFIG_FILE, MIMI_FILE, QUALITIES, TOKENIZER_FILE
 from pipeline.errors import CheckpointError
+from pipeline.layout import CONFIG_FILE, MIMI_FILE, QUALITIES, TOKENIZER_FILE
 
 
 def pull(repo: str, quality: str) -> Path:

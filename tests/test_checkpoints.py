@@ -19,25 +19,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import checkpoints
-from pipeline.checkpoints import (
+from pipeline.checkpoints import find, quality_of, synthesize
+from pipeline.errors import CheckpointError
+from pipeline.headers import Table, Tensor, encode_header, read_header
+from pipeline.layout import (
     CONFIG_FILE,
     FULL_MIMI,
     MIMI_BYTES,
     MIMI_FILE,
     OFFICIAL,
     QUALITIES,
-    SIZES,
     TOKENIZER_FILE,
     ModelConfig,
-    Table,
-    Tensor,
-    find,
     mimi_table,
     model_table,
-    read_header,
-    synthesize,
 )
-from pipeline.errors import CheckpointError
+from pipeline.synthesis import SIZES, tokenizer
 
 Q4_FILE = QUALITIES["q4"].file
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4805508736\n"
@@ -83,7 +80,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 def write_tensors(path: Path, table: Table) -> None:
     """A safetensors file of zeros."""
-    header = checkpoints.encode_header(table)
+    header = encode_header(table)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(tensor.nbytes for tensor in table.values()))
@@ -181,12 +178,39 @@ class TestFind:
             "kyutai/moshika-mlx-q8 holds q8: use --quality q8, or --model kyutai/moshika-mlx-q4"
         )
 
-    @pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "nowhere", "a/b/c", "-", ""])
+    @pytest.mark.parametrize(
+        "model", ["./nowhere", "/nowhere", "nowhere", "a/b/c", "-", "", "some--one/moshi", "a..b/c"]
+    )
     def test_neither_folder_nor_repository(self, model: str) -> None:
         assert "neither a folder nor a repository" in refusal(lambda: find(model))
 
-    def test_a_name_that_no_repository_has(self, cache: Path) -> None:
-        assert "is no repository's name" in refusal(lambda: find("some--one/moshi"))
+    @pytest.mark.parametrize("quality", QUALITIES)
+    def test_a_voice_by_its_name(self, originals: dict[str, Path], cache: Path, quality: str) -> None:
+        snapshot = download(cache, f"kyutai/moshika-mlx-{quality}", originals[quality])
+        assert find("moshika", quality).folder == snapshot
+        assert "kyutai/moshiko-mlx" in refusal(lambda: find("moshiko", quality))
+
+    def test_the_quality_of_what_is_there(self, originals: dict[str, Path], cache: Path) -> None:
+        for quality, folder in originals.items():
+            assert quality_of(str(folder)) == quality
+            assert quality_of(f"kyutai/moshika-mlx-{quality}") == quality
+        download(cache, "someone/moshi", originals["q8"])
+        assert quality_of("someone/moshi") == "q8"
+        assert [quality_of(model) for model in (None, "moshika", "nowhere", str(cache))] == ["q4"] * 4
+
+    @pytest.mark.parametrize(("key", "name"), [("mimi_name", MIMI_FILE), ("tokenizer_name", TOKENIZER_FILE)])
+    def test_an_official_name_where_the_one_that_the_config_gives_is_not(
+        self, folder: Path, key: str, name: str
+    ) -> None:
+        edit_config(folder, **{key: "another"})
+        found = find(str(folder))
+        assert name in (found.mimi_file.name, found.tokenizer_file.name)
+
+    def test_the_name_that_the_config_gives_goes_first(self, folder: Path) -> None:
+        (folder / "mimi.safetensors").write_bytes((folder / MIMI_FILE).read_bytes())
+        (folder / MIMI_FILE).write_bytes(b"another")
+        edit_config(folder, mimi_name="mimi.safetensors")
+        assert find(str(folder)).mimi_file == folder / "mimi.safetensors"
 
     def test_unknown_quality(self) -> None:
         assert refusal(lambda: find(None, "q5")) == "quality 'q5' is unknown: expected q4, q8, bf16"
@@ -226,6 +250,21 @@ class TestConfig:
         (folder / CONFIG_FILE).write_text(json.dumps(raw))
         assert "missing required field `dep_q`" in refusal(lambda: find(str(folder)))
 
+    def test_a_key_that_is_there_twice(self, folder: Path) -> None:
+        (folder / CONFIG_FILE).write_text('{"dim": 256, "dim": 512}')
+        assert "'dim' is there twice" in refusal(lambda: find(str(folder)))
+
+    @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+    def test_a_config_that_speaks_of_quantization(self, originals: dict[str, Path], tmp_path: Path, key: str) -> None:
+        for quality, entry in QUALITIES.items():
+            folder = Path(shutil.copytree(originals[quality], tmp_path / quality))
+            edit_config(folder, **{key: {"bits": entry.bits, "group_size": entry.group, "mode": "affine"}})
+            assert find(str(folder), quality).bits == entry.bits
+            edit_config(folder, **{key: {"bits": 6, "group_size": 64}})
+            assert refusal(lambda: find(str(folder), quality)).endswith(  # noqa: B023
+                f" by its header, but config.json's {key} says 6 bit, groups of 64"
+            )
+
     @pytest.mark.parametrize(
         ("changes", "line"),
         [
@@ -235,6 +274,18 @@ class TestConfig:
             ({"num_heads": 7}, "found 256 with 7"),
             ({"demux_second_stream": True}, "not of a dialogue model: it sets demux_second_stream"),
             ({"conditioners": {"cfg": {}}}, "not of a dialogue model: it sets conditioners"),
+            ({"cross_attention": True}, "it sets cross_attention"),
+            ({"extra_heads_num_heads": 4}, "it sets extra_heads_num_heads"),
+            ({"layer_scale": 0.01}, "it sets layer_scale"),
+            ({"n_q": 8, "dep_q": 8, "delays": [0] * 9}, "expected dep_q < n_q"),
+            ({"delays": [2] + [0] * 16}, "delays begins with 2, expected 0: the text is not delayed"),
+            ({"causal": False}, "causal is False, expected True"),
+            ({"gating": "gelu"}, "gating is 'gelu', expected 'silu'"),
+            ({"norm": "layer_norm"}, "norm is 'layer_norm', expected 'rms_norm' or 'rms_norm_f32'"),
+            ({"positional_embedding": "sin"}, "positional_embedding is 'sin', expected 'rope' or 'none'"),
+            ({"mimi_name": "hf://kyutai/mimi/a"}, "mimi_name is 'hf://kyutai/mimi/a', expected the name of a file"),
+            ({"moshi_name": "../a"}, "moshi_name is '../a', expected the name of a file beside it"),
+            ({"tokenizer_name": "/etc/hosts"}, "tokenizer_name is '/etc/hosts', expected"),
             # A layer has four matrices in three parts each, and two norms.
             ({"num_layers": 3}, "14 missing (transformer.layers.2.gating.linear_in.biases)"),
             ({"num_layers": 1}, "14 unknown (transformer.layers.1.gating.linear_in.biases)"),
@@ -269,6 +320,12 @@ def foreign_header(content: bytes) -> Callable[[Path], object]:
     return overwrite(struct.pack("<Q", len(content)) + content)
 
 
+def spans(**tensors: tuple[int, int]) -> bytes:
+    """A header with tensors of bytes at these offsets."""
+    entries = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": (a, b)} for name, (a, b) in tensors.items()}
+    return msgspec.json.encode(entries)
+
+
 class TestFiles:
     @pytest.mark.parametrize("name", [Q4_FILE, MIMI_FILE])
     @pytest.mark.parametrize(
@@ -287,6 +344,12 @@ class TestFiles:
             (foreign_header(b'{"a":{"dtype":"Q3","shape":[1],"data_offsets":[0,1]}}'), r"a is of unknown type Q3"),
             (foreign_header(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,1]}}'), r"is damaged: a has 1 bytes"),
             (foreign_header(b"{}"), r"is not a (Moshi model|Mimi codec)"),
+            (foreign_header(b"[" * 100_000), r"its header does not parse \(it is nested too deep\)"),
+            (foreign_header(b'{"a":NaN}'), r"its header does not parse \(expected a number, found NaN\)"),
+            (foreign_header(spans(a=(0, 4), b=(2, 6))), r"b begins at byte 2, expected 4: it overlaps the one before"),
+            (foreign_header(spans(a=(0, 4), b=(5, 9))), r"b begins at byte 5, expected 4: it leaves a gap before it"),
+            (foreign_header(spans(a=(1, 5))), r"a begins at byte 1, expected 0: it leaves a gap before it"),
+            (foreign_header(spans(a=(0, 4))[:-1] + b"," + spans(a=(4, 8))[1:]), r"\('a' is there twice\)"),
         ],
     )
     def test_damage_is_one_line(self, folder: Path, name: str, damage: Callable[[Path], object], line: str) -> None:
@@ -344,6 +407,49 @@ class TestFiles:
     def test_pytorch_layout(self, folder: Path) -> None:
         write_tensors(folder / Q4_FILE, {"out_norm.alpha": Tensor("BF16", (1, 1, 4096))})
         assert "is in PyTorch's layout, expected MLX's" in refusal(lambda: find(str(folder)))
+
+    def test_one_layer_that_is_not_quantized(self, folder: Path) -> None:
+        table = read_header(folder / Q4_FILE)
+        name = "transformer.layers.1.self_attn.out_proj"
+        del table[f"{name}.scales"], table[f"{name}.biases"]
+        table[f"{name}.weight"] = Tensor("BF16", (256, 256))
+        write_tensors(folder / Q4_FILE, table)
+        assert refusal(lambda: find(str(folder))).endswith(
+            f"2 missing ({name}.biases), 1 of another shape ({name}.weight: BF16 [256, 256], expected U32 [256, 32])"
+        )
+
+    def test_one_layer_that_is_quantized(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(originals["bf16"], tmp_path / "mixed"))
+        path, name = folder / QUALITIES["bf16"].file, "transformer.layers.1.self_attn.out_proj"
+        table = read_header(path) | {f"{name}.weight": Tensor("U32", (256, 32))}
+        table |= {f"{name}.{part}": Tensor("BF16", (256, 8)) for part in ("scales", "biases")}
+        write_tensors(path, table)
+        line = refusal(lambda: find(str(folder), "bf16"))
+        assert f"2 unknown ({name}.biases), 1 of another shape ({name}.weight: U32 [256, 32]" in line
+
+    def test_scales_without_biases(self, folder: Path) -> None:
+        table = read_header(folder / Q4_FILE)
+        biases = [name for name in table if name.endswith(".biases")]
+        write_tensors(folder / Q4_FILE, {name: tensor for name, tensor in table.items() if name not in biases})
+        assert f"{len(biases)} missing ({min(biases)})" in refusal(lambda: find(str(folder)))
+
+    def test_packed_weights_without_scales(self, folder: Path) -> None:
+        table = read_header(folder / Q4_FILE)
+        del table[f"{checkpoints.PROBE}.scales"]
+        write_tensors(folder / Q4_FILE, table)
+        assert "in_proj is quantized, and has no transformer.layers.0" in refusal(lambda: find(str(folder)))
+
+    def test_packed_weights_of_no_whole_number_of_bits(self, folder: Path) -> None:
+        table = read_header(folder / Q4_FILE) | {f"{checkpoints.PROBE}.weight": Tensor("U32", (768, 33))}
+        write_tensors(folder / Q4_FILE, table)
+        assert "33 packed columns and 8 groups, of which no whole number" in refusal(lambda: find(str(folder)))
+
+    def test_one_tensor_in_float32(self, originals: dict[str, Path], tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(originals["bf16"], tmp_path / "partly"))
+        path = folder / QUALITIES["bf16"].file
+        write_tensors(path, read_header(path) | {"out_norm.weight": Tensor("F32", (256,))})
+        line = refusal(lambda: find(str(folder), "bf16"))
+        assert line.endswith("1 of another shape (out_norm.weight: F32 [256], expected BF16 [256])")
 
     def test_faults_of_every_kind_are_counted(self, folder: Path) -> None:
         table = read_header(folder / Q4_FILE)
@@ -423,7 +529,7 @@ class TestSynthesize:
         assert all(re.fullmatch("▁[a-z]+", piece) for piece in pieces[4:])
 
     def test_the_largest_vocabulary_has_as_many_words(self) -> None:
-        model = checkpoints._tokenizer(OFFICIAL["text_card"], np.random.default_rng(0))
+        model = tokenizer(OFFICIAL["text_card"], np.random.default_rng(0))
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         assert processor.vocab_size() == OFFICIAL["text_card"]
 
