@@ -1,5 +1,6 @@
 """What a run needs, looked at one by one: what is there, and what to do about what is wrong."""
 
+import contextlib
 import json
 import os
 import platform
@@ -15,11 +16,13 @@ from typing import Any, Final, Literal
 import psutil
 from msgspec import Struct
 
-from pipeline import checkpoints, runtime
+from pipeline import budget, checkpoints, chips, runtime
 from pipeline.config import Config
 from pipeline.errors import DeviceError, PipelineError
+from pipeline.headers import read_header
+from pipeline.layout import QUALITIES
 from pipeline.runtime import RunFolder
-from pipeline.topology import RINGS, SAMPLE_RATE
+from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE
 
 _PACKAGES: Final = (
     "moshi_mlx", "mlx", "sounddevice", "numpy", "huggingface_hub", "pyzmq", "msgspec", "pymembar", "posix_ipc",
@@ -31,6 +34,8 @@ _WORKING_GB: Final = 2.5
 """What the model needs besides its weights: the KV cache at full context (1.6 GB), Mimi, and the rest."""
 
 _PROBE_S: Final = 30
+
+_ASK_MLX: Final = "import mlx.core as mx; print(mx.default_device())"
 
 _WITHOUT_DEVICES: Final = "Without devices use --input file:PATH --output file:PATH"
 
@@ -63,7 +68,7 @@ def audio_devices() -> dict[str, Any]:
 def examine(config: Config, name: str) -> list[Finding]:
     """Everything, in the order in which a run needs it."""
     looks: list[Callable[[Config, str], Finding]] = [
-        _python, _packages, _mlx, _audio, _scheduling, _memory, _shared_memory, _folder, _checkpoint,
+        _python, _packages, _mlx, _audio, _scheduling, _memory, _speed, _shared_memory, _folder, _checkpoint,
     ]  # fmt: skip
     return [look(config, name) for look in looks]
 
@@ -93,8 +98,7 @@ def _packages(config: Config, name: str) -> Finding:
 
 
 def _mlx(config: Config, name: str) -> Finding:
-    code = "import mlx.core as mx; print(mx.default_device())"
-    done = _python_says(code)
+    done = _python_says(_ASK_MLX)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         advice = "Install it with `pip install 'mlx[cpu]'`" if sys.platform == "linux" else "`pip install mlx`"
@@ -156,6 +160,44 @@ def _memory(config: Config, name: str) -> Finding:
         advice = f"{config.quality} needs {need:.1f} GB: choose a smaller --quality, or end other programs"
         return Finding(what="memory", state="wrong", found=found, advice=advice)
     return Finding(what="memory", state="ok", found=f"{found}; {config.quality} needs {need:.1f}")
+
+
+def _speed(config: Config, name: str) -> Finding:
+    """What can be foretold before a download: from the bandwidth of the memory, whether a frame is answered in time."""
+    if config.engine == "echo":
+        return Finding(what="speed", state="ok", found="echo takes no time")
+    chip = _chip()
+    bandwidth = chips.bandwidth(chip)
+    if bandwidth is None:
+        advice = "Measure with `pipeline bench` whether a checkpoint fits"
+        return Finding(what="speed", state="note", found=f"{chip}: memory bandwidth unknown", advice=advice)
+    reads = _reads(config)
+    floors = {quality: budget.floor_ms(nbytes, bandwidth.least) for quality, nbytes in reads.items()}
+    fitting = [quality for quality, floor_ms in floors.items() if budget.can_fit(floor_ms)]
+    told = ", ".join(f"{quality} {floor_ms:.0f} ms" for quality, floor_ms in floors.items())
+    found = (
+        f"{chip}, {bandwidth}: the weights of a step take {told}; "
+        f"up to {budget.MOST_FLOOR_MS:.0f} ms can fit {FRAME_MS:.0f} ms: {', '.join(fitting) or 'none'}"
+    )
+    if config.quality in fitting:
+        return Finding(what="speed", state="ok", found=found)
+    advice = f"Choose --quality {fitting[-1]}" if fitting else "See with `pipeline bench` what it takes in truth"
+    return Finding(what="speed", state="note", found=found, advice=advice)
+
+
+def _chip() -> str:
+    """What the model is computed on: an NVIDIA GPU only where MLX uses it."""
+    gpu = chips.nvidia()
+    return gpu if gpu and "gpu" in _python_says(_ASK_MLX).stdout else chips.processor()
+
+
+def _reads(config: Config) -> dict[str, int]:
+    """Bytes that a step reads: of the checkpoint that was chosen, if it is a folder, else of all official ones."""
+    if checkpoints.is_folder(config.model):
+        with contextlib.suppress(PipelineError):  # that it is damaged is said elsewhere
+            table = read_header(checkpoints.find(config.model, config.quality).model_file)
+            return {config.quality: budget.step_bytes(table)}
+    return {quality: budget.official_step_bytes(quality) for quality in QUALITIES}
 
 
 def _shared_memory(config: Config, name: str) -> Finding:
