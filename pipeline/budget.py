@@ -85,6 +85,8 @@ class Measured(Struct, kw_only=True):
 
     device: str
     """`gpu` or `cpu`: what MLX computes on."""
+    codec: str
+    """`mlx`, on the same device, or `rust`, on the CPU: what encodes and decodes."""
     load_ms: float
     """From files to weights in memory."""
     warm_up_ms: float
@@ -248,7 +250,7 @@ def view(report: Report) -> RenderableType:
     measured, machine, model = report.measured, report.machine, report.model
     head = (
         f"{model.name}, {model.quality}, on {machine.chip} ({measured.device}), "
-        f"{machine.memory_gb:g} GB, {machine.os}\n"
+        f"{machine.memory_gb:g} GB, {machine.os}, codec {measured.codec}\n"
         f"load {measured.load_ms:.0f} ms, warm-up {measured.warm_up_ms:.0f} ms, "
         f"first frame {measured.first_frame_ms:.1f} ms; "
         f"memory at most {measured.peak_mb:.0f} MB, of MLX {measured.mlx_peak_mb:.0f} MB"
