@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import __version__, checkpoints, doctor, download, messages, report
+from pipeline import __version__, budget, checkpoints, doctor, download, messages, report
 from pipeline import config as settings
 from pipeline.client import Client
 from pipeline.errors import CheckpointError, ControlError, PipelineError
@@ -250,6 +250,31 @@ def doctor_(name: str, as_json: bool, config: Path | None, **given: Any) -> int:
             out.print(f"{finding.state:5} ", style=styles[finding.state], end="")
             out.print(f"{finding.what}: {finding.found}{'. ' if finding.advice else ''}{finding.advice}")
     return 1 if any(finding.state == "wrong" for finding in findings) else 0
+
+
+@cli.command()
+@click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), help="Of the checkpoint.")
+@click.option("--model", metavar="DIR_OR_REPO", help="A checkpoint; by default the quality's official one.")
+@click.option(
+    "--frames",
+    type=click.IntRange(1, budget.MOST_FRAMES),
+    default=budget.DEFAULT_FRAMES,
+    show_default=True,
+    help="Of speech, 80 ms each.",
+)
+@_json
+def bench(quality: str | None, model: str | None, frames: int, as_json: bool) -> int:
+    """How fast the model is on this machine, and whether it answers within 80 ms. Leave the machine alone meanwhile."""
+    given = {key: value for key, value in {"quality": quality, "model": model}.items() if value is not None}
+    chosen = settings.load(None, given)
+    with err.status("starting", refresh_per_second=2) if err.is_terminal else contextlib.nullcontext() as progress:
+        on_progress = (lambda line: progress.update(Text(line))) if progress else (lambda line: None)
+        found = budget.bench(chosen.model, chosen.quality, frames, on_progress)
+    if as_json:
+        _print_json(found)
+    else:
+        out.print(budget.view(found))
+    return 0
 
 
 @cli.group()
