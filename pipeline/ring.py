@@ -360,6 +360,21 @@ class RingWriter:
         """Samples written so far, by this writer and its predecessors."""
         return self._words[_POSITION_AT]
 
+    @property
+    def waiting(self) -> int:
+        """Samples written that the ring's consumer has not taken."""
+        taken = self._words[_TAKEN_AT]
+        membar.rmb()  # what is written on the strength of this is written after the consumer's copy
+        return self._words[_POSITION_AT] - taken
+
+    @property
+    def room(self) -> int:
+        """Samples that may be written now and overwrite none that the ring's consumer has not taken.
+
+        `write` does not ask: who wants to lose nothing waits for room first.
+        """
+        return self._capacity - self.waiting
+
     def write(self, samples: Samples) -> None:
         """Append `samples`, shape (n,), n at most the capacity. Never blocks; overwrites the oldest."""
         count = len(samples)

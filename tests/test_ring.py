@@ -412,6 +412,54 @@ def test_size_may_be_rounded_up_as_macos_does(ring: Ring, name: str) -> None:
     again.close()
 
 
+def test_a_writer_knows_how_much_its_consumer_has_not_taken(ring: Ring) -> None:
+    """Taken is what was counted, not what was copied: the work on it may need to be done again."""
+    writer, samples = RingWriter(ring), np.zeros(FRAME, np.float32)
+    assert (writer.waiting, writer.room) == (0, ring.capacity)
+    writer.write(samples)
+    tap = RingReader(ring, position=0)
+    assert tap.read(samples) == FRAME
+    assert (writer.waiting, writer.room) == (FRAME, ring.capacity - FRAME)
+    consumer = Consumer(ring)
+    assert consumer.read(samples) == FRAME
+    assert writer.waiting == FRAME
+    consumer.consume(FRAME)
+    assert (writer.waiting, writer.room) == (0, ring.capacity)
+    writer.write(samples)
+    consumer.skip(100)
+    assert (writer.waiting, writer.room) == (FRAME - 100, ring.capacity - FRAME + 100)
+    # A successor of either sees the same.
+    assert RingWriter(ring).waiting == FRAME - 100
+    Consumer(ring)
+    assert writer.waiting == FRAME - 100
+
+
+def test_who_writes_no_more_than_there_is_room_for_loses_nothing(ring: Ring) -> None:
+    writer, consumer = RingWriter(ring), Consumer(ring)
+    fed = np.arange(10 * ring.capacity, dtype=np.float32)
+    got: list[rings.Samples] = []
+    written = 0
+    for count in itertools.cycle((700, 1_919, 3, ring.capacity)):
+        part = fed[written : written + min(count, writer.room)]
+        writer.write(part)
+        written += len(part)
+        out = np.empty(1_000, np.float32)
+        read = consumer.read(out)
+        consumer.consume(read)
+        got.append(out[:read])
+        if written == len(fed) and not writer.waiting:
+            break
+    np.testing.assert_array_equal(np.concatenate(got), fed)
+    assert ring.ledger().dropped == 0
+
+
+def test_who_writes_more_than_there_is_room_for_is_told_afterwards(ring: Ring) -> None:
+    writer = RingWriter(ring)
+    for _ in range(2):
+        writer.write(np.zeros(ring.capacity, np.float32))
+    assert (writer.waiting, writer.room) == (2 * ring.capacity, -ring.capacity)
+
+
 def test_no_room_is_one_line_and_leaves_nothing(name: str) -> None:
     with pytest.raises(RingError, match=r"cannot be made: (no space left in /dev/shm|.*[Cc]annot allocate)"):
         Ring.create(name, 1e8)
