@@ -138,9 +138,12 @@ class Hub:
 
 
 class StageLink:
-    """A stage's line to the supervisor. It never waits: what cannot be sent at once is lost, and counted."""
+    """A stage's line to the supervisor. It never waits: what cannot be sent at once is lost, and counted.
 
-    def __init__(self, stages: Path, stage: str) -> None:
+    With `alive`, a descriptor that is readable once the supervisor is gone, it waits until then, and loses nothing.
+    """
+
+    def __init__(self, stages: Path, stage: str, alive: int | None = None) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, stage.encode())
@@ -149,6 +152,11 @@ class StageLink:
         self._socket.connect(_ipc(stages))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._room: zmq.Poller | None = None
+        if alive is not None:
+            self._room = zmq.Poller()
+            self._room.register(self._socket, zmq.POLLOUT)
+            self._room.register(alive, zmq.POLLIN)
         self.lost = 0
         """Reports that could not be sent."""
 
@@ -174,6 +182,8 @@ class StageLink:
 
     def report(self, report: Report) -> None:
         """Tell the supervisor."""
+        if self._room is not None:
+            self._room.poll()
         try:
             self._socket.send(messages.encode(report), zmq.NOBLOCK)
         except zmq.Again:

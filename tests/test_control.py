@@ -165,6 +165,43 @@ def test_a_report_never_waits_for_a_supervisor_that_does_not_read(folder: RunFol
     link.close()
 
 
+def test_where_nothing_may_be_lost_a_report_waits_for_a_supervisor_that_does_not_read(
+    folder: RunFolder, hub: Hub
+) -> None:
+    """As when the command was stopped by Ctrl-Z, and its stages were not."""
+    alive, gone = os.pipe()
+    link = StageLink(folder.stages, "inference", alive)
+    sent = 20_000
+
+    def report() -> None:
+        for number in range(sent):
+            link.report(messages.TextRecord(frame=number, text="x" * 100, time_ns=0))
+
+    thread = threading.Thread(target=report)
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    frames = [report.frame for report in received(hub, sent) if isinstance(report, messages.TextRecord)]
+    thread.join(PATIENCE_S)
+    assert frames == list(range(sent))
+    assert link.lost == 0
+    os.close(gone)
+    os.close(alive)
+    link.close()
+
+
+def test_where_nothing_may_be_lost_a_report_waits_no_longer_than_there_is_a_supervisor(folder: RunFolder) -> None:
+    alive, gone = os.pipe()
+    link = StageLink(folder.stages, "inference", alive)
+    os.close(gone)
+    for _ in range(5_000):
+        link.report(Heartbeat(stage="inference"))
+    assert link.lost > 0
+    link.abandon()
+    link.close()
+    os.close(alive)
+
+
 def test_a_watched_descriptor_ends_a_wait(folder: RunFolder) -> None:
     link = StageLink(folder.stages, "capture")
     read, write = os.pipe()
