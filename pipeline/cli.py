@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import __version__, budget, checkpoints, doctor, download, messages, report
+from pipeline import __version__, budget, checkpoints, doctor, download, messages, offline, report
 from pipeline import config as settings
 from pipeline.client import Client
-from pipeline.errors import CheckpointError, ControlError, PipelineError
-from pipeline.messages import LogLevel
+from pipeline.errors import CheckpointError, ConfigError, ControlError, PipelineError
+from pipeline.messages import LogLevel, TextRecord
 from pipeline.runtime import RunFolder
 from pipeline.supervisor import EXIT_REFUSED, Supervisor, end_orphans
 
@@ -44,20 +44,29 @@ def cli() -> None:
     """Real-time, full-duplex speech with Kyutai's Moshi on your own machine."""
 
 
-def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option("--config", type=click.Path(path_type=Path), help="Settings; by default run.toml, if there."),
             click.option("--engine", type=click.Choice(["moshi", "echo"]), help="echo returns what it hears."),
             click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), help="Of the checkpoint."),
             click.option("--model", metavar="DIR_OR_REPO", help="A checkpoint; by default the quality's official one."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
             click.option("--input", "input_", metavar="SPEC", help="device[:NAME], file:PATH, tone:HZ or silence."),
             click.option("--output", metavar="SPEC", help="device[:NAME], file:PATH or null."),
             click.option("--seconds", type=float, metavar="N", help="End after so long."),
         ]
     ):
         command = option(command)
-    return command
+    return _checkpoint_options(command)
 
 
 @cli.command()
@@ -97,8 +106,57 @@ def up(
     return code
 
 
-def _on_text(text: str) -> None:
-    sys.stdout.write(text)
+@cli.command()
+@_name
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, metavar="N", help=f"Another one, another answer.  [default: {offline.SEED}]")
+@click.option("--transcript", type=click.Path(path_type=Path), help="A file for the words; by default standard output.")
+@_checkpoint_options
+@_json
+def run(
+    name: str,
+    source: Path,
+    target: Path,
+    seed: int | None,
+    transcript: Path | None,
+    config: Path | None,
+    engine: str | None,
+    quality: str | None,
+    model: str | None,
+    as_json: bool,
+) -> int:
+    """Answer the sound file IN with the sound file OUT, as fast as it goes, the same each time.
+
+    OUT is as long as IN, in whole frames of 80 ms, and an OUT that is there is overwritten. The words of the answer,
+    each with its time in OUT in seconds, are printed as they come.
+    """
+    given = {"engine": engine, "quality": quality, "model": model, "sampler.seed": seed}
+    fixed = {
+        "offline": True,
+        "capture.input": f"file:{source}",
+        "playback.output": f"file:{target}",
+        "seconds": None,
+    }
+    chosen = settings.load(config, fixed | {key: value for key, value in given.items() if value is not None})
+    if chosen.sampler.seed is None:
+        chosen.sampler.seed = offline.SEED
+    if chosen.engine == "moshi":
+        checkpoints.find(chosen.model, chosen.quality)  # before anything is started
+    if transcript is not None and transcript.resolve() in (source.resolve(), target.resolve()):
+        raise ConfigError(f"transcript {transcript}: expected another file than IN and OUT")
+    words = offline.Transcript(transcript, to_stdout=not as_json)
+    code, result = offline.Run(chosen, RunFolder(name), words, err).run()
+    if result is not None and result.complete:
+        err.print(report.accounting_line(result.accounting))
+        err.print(result.line())
+    if result is not None and as_json:
+        _print_json(result)
+    return code
+
+
+def _on_text(record: TextRecord) -> None:
+    sys.stdout.write(record.text)
     sys.stdout.flush()
 
 

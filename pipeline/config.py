@@ -80,6 +80,8 @@ class Config(_Section):
     """A checkpoint's folder or a repository. Unset: the official one of the quality."""
     seconds: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     """Stop after so long. Unset: run until stopped, or until an input file is answered."""
+    offline: bool = False
+    """From file to file, as fast as it goes, with back-pressure instead of drops. Set by `pipeline run`."""
     ring_seconds: Annotated[float, Meta(ge=10, le=600)] = 12.0
     """What each ring holds: how long the model may stall before microphone samples are lost."""
     capture: CaptureConfig = msgspec.field(default_factory=CaptureConfig)
@@ -119,6 +121,8 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
     source, sink = config.capture.input, config.playback.output
     if source.startswith("file:") and _file(source) == _file(sink):
         raise ConfigError(f"playback.output = {sink!r}: expected another file than the input")
+    if config.offline:
+        _check_files(config)
     inference = config.inference
     if inference.backlog_limit < inference.backlog_target:
         raise ConfigError(
@@ -126,6 +130,13 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
             f"expected at least inference.backlog_target, {inference.backlog_target}"
         )
     return config
+
+
+def _check_files(config: Config) -> None:
+    """Where nothing keeps time, only what is a file has an end."""
+    for key, spec in (("capture.input", config.capture.input), ("playback.output", config.playback.output)):
+        if not spec.startswith("file:"):
+            raise ConfigError(f"{key} = {spec!r}: expected file:PATH where offline = true")
 
 
 def _file(spec: str) -> Path | None:

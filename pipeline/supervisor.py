@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.control import Hub
 from pipeline.messages import (
     CARRIED_OUT_BY,
+    Accounting,
     Acknowledged,
     AnyCommand,
     Apply,
@@ -50,7 +51,7 @@ from pipeline.messages import (
 from pipeline.ring import Ring
 from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
-from pipeline.topology import FRAME_MS, PROCESSES, RINGS, Process, StageName
+from pipeline.topology import FRAME_MS, PROCESSES, RINGS, SAMPLE_RATE, Process, StageName
 
 EXIT_REFUSED: Final = 2
 """Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
@@ -164,8 +165,9 @@ class Supervisor:
         config: Config,
         folder: RunFolder,
         *,
-        on_text: Callable[[str], None],
+        on_text: Callable[[TextRecord], None],
         on_log: Callable[[str, LogLevel, str], None],
+        on_turn: Callable[[], None] = lambda: None,
         clock: Callable[[], int] = now_ns,
         launch: Launch = launch,
     ) -> None:
@@ -173,6 +175,7 @@ class Supervisor:
         self._folder = folder
         self._on_text = on_text
         self._on_log = on_log
+        self._on_turn = on_turn
         self._clock = clock
         self._launch = launch
         self._state: RunState = "starting"
@@ -191,6 +194,8 @@ class Supervisor:
         self._began_ns = clock()
         self._stop_at_ns: int | None = None
         self._drained_by_ns: int | None = None
+        self.running_ns: int | None = None
+        """When the stages were told to run, once they were."""
         self._rings: dict[str, Ring] = {}
         self._hub: Hub | None = None
         self.final: StatusReport | None = None
@@ -224,6 +229,8 @@ class Supervisor:
                 self._farewell()
         finally:
             self._clear()
+        if self._config.offline and not self._refused:
+            self._judge(self.final.accounting)
         if self._error:
             self._tell("supervisor", "error", self._error)
         wrong = self.final.accounting.discrepancies()
@@ -232,6 +239,28 @@ class Supervisor:
         if self._refused:
             return EXIT_REFUSED
         return 0 if self._clean and not self._error and not wrong else 1
+
+    def _judge(self, counts: Accounting) -> None:
+        """Offline, an answer of which anything is missing is an error, and how much there is belongs to it."""
+        lost = counts.dropped + counts.skipped + counts.concealed
+        if self._complete and not lost and not self._error:
+            return
+        ended = "ended before all of the input was answered"
+        why = self._error or (f"{lost} samples were lost on the way" if self._complete else ended)
+        if self.running_ns is None:
+            self._error = why
+            return
+        playback = self._stages["playback"]
+        path = self._config.playback.output.removeprefix("file:")
+        # Only a file that was closed says how long it is.
+        closed = playback.popen is not None and playback.popen.returncode == 0
+        holds = f"holds only the first {counts.played / SAMPLE_RATE:.2f} s of the answer" if closed else "is not whole"
+        self._error = f"{why}; {path} {holds}"
+
+    @property
+    def _complete(self) -> bool:
+        """Whether everything was answered, heard, and told: inference says last that it is at the end."""
+        return self._stages["inference"].finished and self._stages["playback"].finished
 
     # Beginning and end
 
@@ -328,6 +357,7 @@ class Supervisor:
         self._read_commands()
         self._see_deaths()
         self._keep_deadlines()
+        self._guarded(self._on_turn)
 
     def _wait(self, timeout_s: float) -> None:
         self.hub.wait(timeout_s)
@@ -378,7 +408,7 @@ class Supervisor:
             if not stage.was_ready:
                 self._refused = stage.state == "fatal"
                 self._end(how if self._refused else f"{how}, before it was ready")
-            elif stage.state == "fatal" and stage.was_running:
+            elif self._config.offline or (stage.state == "fatal" and stage.was_running):
                 self._end(how)
             elif stage.strikes >= RESTARTS_MAX:
                 self._set_state(stage, "fatal")
@@ -409,8 +439,8 @@ class Supervisor:
                     self._time(report)
                 case StageRecord():
                     self._stage_said(report)
-                case TextRecord(text=text):
-                    self._guarded(self._on_text, text)
+                case TextRecord():
+                    self._guarded(self._on_text, report)
                 case LogRecord(stage=stage, level=level, message=message):
                     self._clean = self._clean and level != "error"
                     self._tell(stage, level, message)
@@ -456,6 +486,7 @@ class Supervisor:
             self.hub.order(record.stage, Finish() if ending else Start())
         elif self._state == "starting" and all(other.state == "ready" for other in self._stages.values()):
             self._state = "running"
+            self.running_ns = self._clock()
             for process in PROCESSES:
                 self._tell(process.name, "info", f"ready: {self._stages[process.name].detail}")
                 self.hub.order(process.name, Start())
@@ -464,13 +495,14 @@ class Supervisor:
 
     def _stage_finished(self, name: StageName) -> None:
         self._stages[name].finished = True
-        if name == "playback":
+        if self._complete if self._config.offline else name == "playback":
             self._end()
         elif name == "capture":
             self._keep_draining()
 
     def _keep_draining(self) -> None:
-        if self._stages["capture"].finished:
+        # Offline a frame may take as long as it takes.
+        if self._stages["capture"].finished and not self._config.offline:
             self._drained_by_ns = self._clock() + round(DRAIN_S * NS_PER_S)
 
     def _set_state(self, stage: _StageProcess, state: StageState) -> None:
@@ -487,7 +519,7 @@ class Supervisor:
     def _tell(self, stage: str, level: LogLevel, message: str) -> None:
         self._guarded(self._on_log, stage, level, message)
 
-    def _guarded(self, callback: Callable[..., None], *values: str) -> None:
+    def _guarded(self, callback: Callable[..., None], *values: object) -> None:
         """A terminal that is gone, or a pipe that nobody reads, ends the run in good order."""
         try:
             callback(*values)
@@ -526,6 +558,11 @@ class Supervisor:
             self._waiting[self._requests] = _Waiting(address, command, verb, name, until_ns)
             self.hub.order(name, Apply(request=self._requests, command=command))
 
+    @property
+    def played_s(self) -> float:
+        """How much of the answer was played, in seconds of audio."""
+        return self._rings["playback"].ledger().consumed / SAMPLE_RATE
+
     def status(self) -> StatusReport:
         """State, accounting and timing now."""
         counts, xruns = accounting.read(**self._rings)
@@ -546,7 +583,7 @@ class Supervisor:
                 mic_to_speaker_ms=self._mic_to_speaker.spread(),
             ),
             xruns=xruns,
-            drift_ppm=self._drift.ppm(self._rings["capture"], self._rings["heard"]),
+            drift_ppm=None if self._config.offline else self._drift.ppm(self._rings["capture"], self._rings["heard"]),
         )
 
 

@@ -68,7 +68,7 @@ class Context:
         self.bell = Bell(folder.bell("capture"))
 
     def report(self, report: Report) -> None:
-        """Tell the supervisor; never waits."""
+        """Tell the supervisor; never waits, but offline, where no word may be lost."""
         self._link.report(report)
 
     def log(self, level: LogLevel, message: str) -> None:
@@ -259,7 +259,7 @@ def main(name: StageName, make: Callable[[Context], Stage]) -> None:
             folder.lock(shared=True)
         else:
             config = settings.decode(folder.settings.read_bytes())
-        link = StageLink(folder.stages, name)
+        link = StageLink(folder.stages, name, alive if config.offline else None)
         context = Context(config, folder, link, name)
     except PipelineError as error:
         sys.exit(f"{name}: {error}")

@@ -33,6 +33,11 @@ class Capture:
 
     def open(self) -> str:
         config = self._context.config.capture
+        if self._context.config.offline:
+            self._device = devices.open_source(
+                config.input, on_block=self.on_block, on_end=self._on_end, has_room=self._has_room
+            )
+            return self._device.detail
         self._device = devices.open_input(
             config.input,
             block=worker.samples_of(config.block_ms),
@@ -42,6 +47,11 @@ class Capture:
             on_end=self._on_end,
         )
         return self._device.detail
+
+    def _has_room(self) -> bool:
+        """Offline: whether inference will neither drop one more frame nor lose it."""
+        frames = self._context.config.inference.backlog_limit
+        return self._writer.waiting < frames * FRAME and self._writer.room > FRAME
 
     def start(self) -> None:
         self._device.start()
@@ -87,7 +97,7 @@ class Capture:
         self._input_ended = True
 
     def work(self) -> bool:
-        """Report the frames captured since the last look, and the end."""
+        """Report what was captured since the last look, and the end."""
         if (failure := self._device.failure()) and not self._finished:
             if isinstance(failure, DeviceLostError):
                 raise failure
@@ -97,6 +107,16 @@ class Capture:
         if self._microphone.warns():
             self._context.log("warning", apple.MICROPHONE_ADVICE)
         ledger = self._ring.ledger()
+        if not self._context.config.offline:  # a file that nothing paces is neither late nor in time
+            self._report_frames(ledger.waiting // FRAME)
+        if ledger.xruns != self._xruns:
+            count, self._xruns = ledger.xruns - self._xruns, ledger.xruns
+            self._context.report(XrunRecord(stage="capture", kind="xrun", count=count, time_ns=now_ns()))
+        if self._input_ended and not self._finished:
+            self.finish()
+        return False
+
+    def _report_frames(self, queued: int) -> None:
         while (mark := self._ring.mark(self._next_mark)) is not None:
             self._next_mark += 1
             self._context.report(
@@ -105,16 +125,10 @@ class Capture:
                     frame=mark.frame,
                     start_ns=mark.start_ns,
                     end_ns=mark.end_ns,
-                    queued=ledger.waiting // FRAME,
+                    queued=queued,
                 )
             )
         self._next_mark = max(self._next_mark, self._ring.mark_count - self._ring.mark_capacity + 1)
-        if ledger.xruns != self._xruns:
-            count, self._xruns = ledger.xruns - self._xruns, ledger.xruns
-            self._context.report(XrunRecord(stage="capture", kind="xrun", count=count, time_ns=now_ns()))
-        if self._input_ended and not self._finished:
-            self.finish()
-        return False
 
     def finish(self) -> None:
         """End the stream, its last frame filled up with silence."""

@@ -26,11 +26,12 @@ import soundfile
 import soxr
 
 from pipeline.audio import FULL_SCALE, Samples
-from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.errors import DeviceError, DeviceLostError, PipelineError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread, threads
 from pipeline.topology import FRAME, SAMPLE_RATE
 
 OnBlock = Callable[[Samples, int, bool], None]
+Write = Callable[[Samples], None]
 
 INPUT_SPECS: Final = "device, device:NAME, file:PATH, tone:HZ or silence"
 OUTPUT_SPECS: Final = "device, device:NAME, file:PATH or null"
@@ -41,12 +42,18 @@ _PACED_INPUT_BLOCK: Final = FRAME
 _NULL_BLOCK: Final = FRAME
 """Samples that a sink which nobody hears takes at once: few wake-ups, for little processor time."""
 
+_LOOK_AGAIN_S: Final = 0.001
+"""How long nothing is moved from or to a file, where there is no room or nothing has come."""
+
 _TONE_LEVEL: Final = 0.25
 _RESAMPLER: Final = "HQ"
 _JOIN_S: Final = 2.0
 
 _EXTENSIBLE: Final = frozenset({"AIFF", "AU", "CAF", "RAW", "RF64", "W64", "WAV"})
 """Kinds of sound file that can be added to. Another is gone on with in a second file: answer.2.flac."""
+
+_SET_ADD_PEAK_CHUNK: Final = 0x1050
+"""libsndfile's SFC_SET_ADD_PEAK_CHUNK, which the package soundfile does not name."""
 
 _CALLBACKS: Final = 25
 """Whose median dates a block."""
@@ -130,30 +137,63 @@ def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_bl
     raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
 
 
-# Stand-ins: they keep the monotonic clock's time, as a device keeps its crystal's.
+def open_source(spec: str, *, on_block: OnBlock, on_end: Callable[[], None], has_room: Callable[[], bool]) -> Device:
+    """Open the file that `spec` names, to be read as fast as `has_room` says that a block may follow.
+
+    Raises DeviceError.
+    """
+    name = spec.removeprefix("file:")
+    return _EagerInput(f"file {name}", _file_blocks(Path(name), 0), on_block, on_end, has_room)
 
 
-class _Pace:
-    """A thread that calls `turn(due_ns)` once for each block's time, and catches up when it was held up."""
+def open_sink(spec: str, *, move: Callable[[Write], bool], ended: Callable[[], bool]) -> "EagerOutput":
+    """Open the file that `spec` names, for what `move` writes to it whenever it has something. Raises DeviceError."""
+    name = spec.removeprefix("file:")
+    return EagerOutput(f"file {name}", move, ended, _FileSink(Path(name), resume=False))
 
-    def __init__(self, detail: str, block: int, turn: Callable[[int], bool]) -> None:
+
+# Stand-ins: they keep the monotonic clock's time, as a device keeps its crystal's. Offline they keep none.
+
+
+class _Mover:
+    """A thread that moves samples from its start to its stop, and what ended it if something did."""
+
+    def __init__(self, detail: str) -> None:
         self._detail = detail
-        self._block = block
-        self._turn = turn
         self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pace", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
         self.failure: DeviceError | None = None
 
     def _run(self) -> None:
-        promote_thread()
         try:
-            self._keep_pace()
+            self._move()
         except Exception as error:  # whatever it is, the stage has to hear of it
-            if not isinstance(error, OSError | soundfile.LibsndfileError):
+            if not isinstance(error, OSError | soundfile.LibsndfileError | PipelineError):
                 traceback.print_exc()
             self.failure = DeviceError(f"{self._detail}: {getattr(error, 'error_string', None) or error}")
 
-    def _keep_pace(self) -> None:
+    def _move(self) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._leave.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
+
+
+class _Pace(_Mover):
+    """Calls `turn(due_ns)` once for each block's time, and catches up when it was held up."""
+
+    def __init__(self, detail: str, block: int, turn: Callable[[int], bool]) -> None:
+        super().__init__(detail)
+        self._block = block
+        self._turn = turn
+
+    def _move(self) -> None:
+        promote_thread()
         begin_ns = now_ns()
         blocks = 0
         while True:
@@ -165,13 +205,90 @@ class _Pace:
                 return
             blocks += 1
 
+
+class _Eager(_Mover):
+    """Takes one turn after another; each says whether it moved anything. When one did not, the next comes later."""
+
+    def __init__(self, detail: str, turns: Iterator[bool]) -> None:
+        super().__init__(detail)
+        self._turns = turns
+
+    def _move(self) -> None:
+        for moved in self._turns:
+            if self._leave.wait(0 if moved else _LOOK_AGAIN_S):
+                return
+
+
+class _EagerInput:
+    """Blocks from an iterator, each delivered as soon as there is room for it."""
+
+    latency_ms = 0.0
+
+    def __init__(
+        self,
+        detail: str,
+        blocks: Iterator[Samples],
+        on_block: OnBlock,
+        on_end: Callable[[], None],
+        has_room: Callable[[], bool],
+    ) -> None:
+        self.detail = detail
+        self._blocks = blocks
+        self._on_block = on_block
+        self._on_end = on_end
+        self._has_room = has_room
+        self._eager = _Eager(f"input {detail}", self._turns())
+
+    def _turns(self) -> Iterator[bool]:
+        for block in self._blocks:
+            while not self._has_room():
+                yield False
+            self._on_block(block, now_ns(), False)
+            yield True
+        self._on_end()
+
     def start(self) -> None:
-        self._thread.start()
+        self._eager.start()
 
     def stop(self) -> None:
-        self._leave.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(_JOIN_S)
+        self._eager.stop()
+
+    def failure(self) -> DeviceError | None:
+        return self._eager.failure
+
+
+class EagerOutput:
+    """A file that gets what there is as soon as it is there, and is closed after the last of it."""
+
+    latency_ms = 0.0
+
+    def __init__(
+        self, detail: str, move: Callable[[Write], bool], ended: Callable[[], bool], sink: "_FileSink"
+    ) -> None:
+        self.detail = detail
+        self._move = move
+        self._ended = ended
+        self._sink = sink
+        self._eager = _Eager(f"output {detail}", self._turns())
+        self.complete = False
+        """Whether everything was written and the file is closed."""
+
+    def _turns(self) -> Iterator[bool]:
+        while not self._ended():
+            yield self._move(self._sink.write)
+        self._sink.close()
+        self.complete = True
+
+    def start(self) -> None:
+        self._sink.open()
+        self._eager.start()
+
+    def stop(self) -> None:
+        self._eager.stop()
+        self._sink.close()
+
+    def failure(self) -> DeviceError | None:
+        return self._eager.failure
 
 
 class _PacedInput:
@@ -348,6 +465,8 @@ class _FileSink:
                 )
             subtype = "FLOAT" if soundfile.check_format(kind, "FLOAT") else soundfile.default_subtype(kind)
             self._file = soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, subtype, format=kind)
+            # It would hold the time of day, and no file of two equal runs would be the other's.
+            soundfile._snd.sf_command(self._file._file, _SET_ADD_PEAK_CHUNK, soundfile._ffi.NULL, False)
         except (OSError, soundfile.LibsndfileError) as error:
             reason = getattr(error, "error_string", None) or str(error)
             raise DeviceError(f"output file:{path}: cannot be written: {reason}") from None

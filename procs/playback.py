@@ -9,6 +9,7 @@ from pipeline import config as settings
 from pipeline import worker
 from pipeline.audio import FADE, Samples, falling, rising
 from pipeline.control import HasFileno
+from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, TimingRecord, XrunRecord
 from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
@@ -346,5 +347,88 @@ class Playback:
         self._device.stop()
 
 
+class Copier:
+    """Offline: hands on each frame as it comes, and nothing before, between or after them."""
+
+    def __init__(self, playback: Ring, heard: Ring) -> None:
+        self._source = Consumer(playback)
+        self._heard = RingWriter(heard)
+        self._frame = devices.silence(FRAME)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stream has ended and all of it was written."""
+        return self._source.ended
+
+    def move(self, write: devices.Write) -> bool:
+        """Write the next frame, if it is there; returns whether it was. Raises DeviceError where some were lost."""
+        source, heard, expected = self._source, self._heard, self._source.position
+        count = source.read(self._frame)
+        if source.position != expected + count:
+            raise DeviceError(f"{source.position - count - expected} samples were overwritten before they were written")
+        if not count:
+            return False
+        part = self._frame[:count]
+        write(part)
+        heard.begin()
+        heard.write(part)
+        source.consume(count)
+        heard.commit()
+        return True
+
+
+class Offline:
+    """Playback where nobody listens: every frame into a file, as fast as they come."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._heard = context.rings["heard"]
+        self._copier = Copier(context.rings["playback"], self._heard)
+        self._device: devices.EagerOutput | None = None
+        self._finished = False
+
+    def open(self) -> str:
+        copier, spec = self._copier, self._context.config.playback.output
+        self._device = devices.open_sink(spec, move=copier.move, ended=lambda: copier.ended)
+        return self._device.detail
+
+    def start(self) -> None:
+        if self._device is not None:
+            self._device.start()
+
+    def device_latency_ms(self) -> float:
+        return 0.0
+
+    def wakes(self) -> HasFileno | None:
+        return None
+
+    def work(self) -> bool:
+        """Report the end, when the file is closed."""
+        device = self._device
+        if device is not None and (failure := device.failure()):
+            raise failure
+        if device is not None and device.complete and not self._finished:
+            self._finished = True
+            self._context.report(Finished(stage="playback"))
+        return False
+
+    def finish(self) -> None:
+        """Only capture ends a stream; the end reaches this stage through the ring."""
+
+    def apply(self, command: AnyCommand) -> int:
+        """No command is carried out here."""
+        return self._heard.position // FRAME
+
+    def stop(self) -> None:
+        """Close the file."""
+        if self._device is not None:
+            self._device.stop()
+
+
+def make(context: Context) -> worker.Stage:
+    """The stage that the settings ask for."""
+    return Offline(context) if context.config.offline else Playback(context)
+
+
 if __name__ == "__main__":
-    worker.main("playback", Playback)
+    worker.main("playback", make)

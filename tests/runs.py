@@ -111,7 +111,11 @@ class Runs:
 
     def up(self, *arguments: str, name: str = "default") -> "Run":
         """Start `pipeline up ARGUMENTS` and go on."""
-        return Run(self, name, arguments)
+        return Run(self, name, ("up", "--name", name, *arguments))
+
+    def offline(self, *arguments: str, name: str = "default") -> "Run":
+        """Start `pipeline run ARGUMENTS` and go on."""
+        return Run(self, name, ("run", "--name", name, *arguments))
 
     def config(self, text: str) -> Path:
         """Write a run.toml."""
@@ -126,7 +130,7 @@ class Runs:
 
 
 class Run:
-    """One `pipeline up`. Leaving it as a context ends it, if it has not ended."""
+    """One `pipeline up` or `run`. Leaving it as a context ends it, if it has not ended."""
 
     def __init__(self, runs: Runs, name: str, arguments: tuple[str, ...]) -> None:
         self.name = name
@@ -134,7 +138,7 @@ class Run:
         self._out = (runs.folder / f"{name}.out").open("w+")
         self._err = (runs.folder / f"{name}.err").open("w+")
         self.process = subprocess.Popen(
-            [*PIPELINE, "up", "--name", name, *arguments],
+            [*PIPELINE, *arguments],
             cwd=runs.folder,
             env=runs.environment,
             stdout=self._out,

@@ -2,6 +2,7 @@
 
 import select
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.audio import Samples
+from pipeline.config import Config
 from pipeline.control import Hub
 from pipeline.errors import DeviceError, DeviceLostError
 from pipeline.messages import Finished, LogRecord, Mute, TimingRecord, Unmute, XrunRecord
-from pipeline.ring import Anchor, Mark, Ring, RingReader
+from pipeline.ring import Anchor, Consumer, Mark, Ring, RingReader
 from pipeline.runtime import RunFolder
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
@@ -21,7 +23,8 @@ from pipeline.worker import Context
 from procs.capture import Capture
 from procs.devices import Unopened
 from tests import helpers
-from tests.helpers import received, speech_like
+from tests.helpers import received, speech_like, wait_until
+from tests.runs import noise, write_wav
 
 folder = helpers.folder
 runtime_dir = helpers.runtime_dir
@@ -370,6 +373,51 @@ def test_an_input_that_is_none_is_refused_by_name(folder: RunFolder, spec: str) 
         assert line.startswith(("input " + repr(spec), f"input {spec}"))
         assert "expected" in line
         assert "\n" not in line
+
+
+# Offline
+
+
+def test_offline_a_file_is_read_no_faster_than_it_is_answered(folder: RunFolder, tmp_path: Path) -> None:
+    """Never more than the backlog that inference keeps, whatever the ring holds; and every sample in the end."""
+    fed = noise(40 * FRAME / SAMPLE_RATE)[:-100]
+    config = Config(engine="echo", offline=True)
+    config.capture.input = f"file:{write_wav(tmp_path / 'in.wav', fed)}"
+    limit = config.inference.backlog_limit
+    with helpers.stage_context(folder, "capture", config) as (context, hub):
+        capture = Capture(context)
+        consumer = Consumer(context.rings["capture"])
+        capture.open()
+        capture.start()
+        got: list[Samples] = []
+        while not consumer.ended:
+            wait_until(lambda: consumer.available >= min(limit, 40 - len(got)) * FRAME, "what there is room for")
+            assert consumer.available <= limit * FRAME
+            frame = np.empty(FRAME, np.float32)
+            assert consumer.read(frame) == FRAME
+            consumer.consume(FRAME)
+            got.append(frame)
+            capture.work()
+        wait_until(lambda: capture.work() or capture._finished, "the end of the file")
+        capture.stop()
+        assert received(hub, 1) == [Finished(stage="capture")]  # and no timing, which nothing paced
+    out = np.concatenate(got)
+    np.testing.assert_array_equal(out[: len(fed)], fed)
+    assert not out[len(fed) :].any()
+
+
+def test_offline_a_file_that_waits_for_room_can_be_stopped(folder: RunFolder, tmp_path: Path) -> None:
+    config = Config(engine="echo", offline=True)
+    config.capture.input = f"file:{write_wav(tmp_path / 'in.wav', noise(5.0))}"
+    with helpers.stage_context(folder, "capture", config) as (context, _):
+        capture = Capture(context)
+        capture.open()
+        capture.start()
+        written = config.inference.backlog_limit * FRAME
+        wait_until(lambda: context.rings["capture"].position == written, "the ring to be as full as it may be")
+        capture.stop()
+        assert context.rings["capture"].position == written
+        assert context.rings["capture"].end is None
 
 
 # A successor

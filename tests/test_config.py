@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.config import CaptureConfig, Config, InferenceConfig, PlaybackConfig, SamplerConfig
 from pipeline.errors import ConfigError
 
-TOP = "engine, quality, model, seconds, ring_seconds, capture, inference, playback, sampler"
+TOP = "engine, quality, model, seconds, offline, ring_seconds, capture, inference, playback, sampler"
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "quality": "q4",
         "model": None,
         "seconds": None,
+        "offline": False,
         "ring_seconds": 12.0,
         "capture": {"input": "device", "block_ms": 5.0, "latency_ms": 20.0},
         "inference": {"backlog_target": 3, "backlog_limit": 8},
@@ -62,6 +63,17 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_run_toml_that_is_shipped_says_what_the_defaults_are() -> None:
     shipped = Path(__file__).parent.parent / "run.toml"
     assert config.load(shipped, {}) == Config()
+
+
+FILES: Final = {"capture.input": "file:in.wav", "playback.output": "file:out.wav"}
+
+
+def test_offline_is_from_file_to_file() -> None:
+    assert config.load(None, {"offline": True, **FILES}).offline
+    for key, spec in (("capture.input", "tone:440"), ("capture.input", "device"), ("playback.output", "null")):
+        with pytest.raises(ConfigError) as caught:
+            config.load(None, {"offline": True, **FILES, key: spec})
+        assert str(caught.value) == f"{key} = {spec!r}: expected file:PATH where offline = true"
 
 
 def test_every_key_can_be_set(run_toml: Path) -> None:

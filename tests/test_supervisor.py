@@ -23,7 +23,7 @@ from pipeline.config import CaptureConfig, Config, PlaybackConfig
 from pipeline.control import StageLink, Subscription, request
 from pipeline.errors import ConfigError, ControlError
 from pipeline.messages import LogLevel, Reply, StageRecord, StatusReport
-from pipeline.ring import Ring, RingWriter
+from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.runtime import RunFolder
 from pipeline.supervisor import Supervisor, end_orphans
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
@@ -166,7 +166,7 @@ class Run:
         it = Supervisor(
             self.config,
             self.folder,
-            on_text=self.text.append,
+            on_text=lambda record: self.text.append(record.text),
             on_log=self.on_log,
             clock=lambda: now_ns() + self.ahead_ns,
             launch=launch or self.launch,
@@ -663,6 +663,97 @@ def test_what_a_stage_says_that_makes_no_sense_is_logged_and_passed_over(make_ru
     assert run.run(run.wait_until_running) == 0
     assert len(run.warnings()) == 4
     assert all(line.startswith("a stage's report was not understood: ") for line in run.warnings())
+
+
+# Offline
+
+OFFLINE: Final = {
+    "offline": True, "capture": CaptureConfig(input="file:in.wav"), "playback": PlaybackConfig(output="file:out.wav"),
+}  # fmt: skip
+AT_THE_END: Final[Script] = [["say", "ready"], ["serve", {"finished_on": "start"}]]
+
+
+def test_offline_a_run_ends_when_the_last_word_and_the_last_sample_are_there(make_run: MakeRun, tmp_path: Path) -> None:
+    word = messages.encode(messages.TextRecord(frame=9, text="last", time_ns=1)).decode()
+    ended = messages.encode(messages.Finished(stage="inference")).decode()
+    go = tmp_path / "go"
+    run = make_run(
+        OFFLINE,
+        capture=[AT_THE_END],
+        inference=[
+            [["say", "ready"], ["serve", {"until": "start"}], ["wait_for", str(go)], ["send", word], ["send", ended],
+             ["serve"]]
+        ],
+        playback=[AT_THE_END],
+    )  # fmt: skip
+
+    def client() -> None:
+        run.wait_until_running()
+        assert not run.over.wait(0.2)
+        run.ahead_ns += 3_600 * NS_PER_S  # however long inference takes
+        assert not run.over.wait(0.2)
+        go.touch()
+        run.over.wait(PATIENCE_S)
+
+    assert run.run(client) == 0
+    assert run.errors() == []
+    assert run.text == ["last"]
+    run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("stage", ["capture", "inference", "playback"])
+def test_offline_a_stage_that_dies_is_not_started_again(make_run: MakeRun, stage: str) -> None:
+    dies: Script = [["say", "ready"], ["serve", {"exit_on": "start"}]]
+    run = make_run(OFFLINE, **{stage: [dies]})
+    assert run.run() == 1
+    assert run.starts == dict.fromkeys(run.starts, 1)
+    how = "is not whole" if stage == "playback" else "holds only the first 0.00 s of the answer"
+    assert run.errors() == [f"{stage} stopped with exit code 9; out.wav {how}"]
+    run.assert_nothing_left()
+
+
+def test_offline_an_end_before_the_end_is_an_error(make_run: MakeRun) -> None:
+    run = make_run(OFFLINE)
+    assert run.run(run.wait_until_running) == 1
+    early = "ended before all of the input was answered"
+    assert run.errors() == [f"{early}; out.wav holds only the first 0.00 s of the answer"]
+    run.assert_nothing_left()
+
+
+def test_offline_an_end_before_the_beginning_says_nothing_of_a_file(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(OFFLINE, inference=[[["wait_for", str(tmp_path / "never")]]])
+
+    def client() -> None:
+        run.wait_for(playback="ready", inference="starting", capture="ready")
+        os.kill(os.getpid(), signal.SIGINT)
+        run.over.wait(PATIENCE_S)
+
+    assert run.run(client) == 1
+    assert run.errors() == ["ended before all of the input was answered"]
+    run.assert_nothing_left()
+
+
+def test_offline_whatever_was_lost_is_an_error(make_run: MakeRun) -> None:
+    run = make_run(OFFLINE, inference=[AT_THE_END], playback=[[["say", "ready"], ["serve", {"finished_on": "stop"}]]])
+
+    def client() -> None:
+        run.wait_until_running()
+        ring = Ring.attach(run.folder.segment("playback"))
+        RingWriter(ring).write(np.zeros(FRAME, np.float32))
+        Consumer(ring).skip(FRAME)
+        ring.close()
+
+    assert run.run(client) == 1
+    (error,) = run.errors()
+    assert error.startswith(f"{FRAME} samples were lost on the way; out.wav")
+    run.assert_nothing_left()
+
+
+def test_offline_a_refusal_is_as_of_any_other_run(make_run: MakeRun) -> None:
+    run = make_run(OFFLINE, capture=[[["say", "fatal", "no such file"], ["leave", 2]]])
+    assert run.run() == supervisor.EXIT_REFUSED
+    assert run.errors() == ["capture: no such file"]
+    run.assert_nothing_left()
 
 
 # Commands
