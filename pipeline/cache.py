@@ -43,11 +43,16 @@ class Record(msgspec.Struct, frozen=True):
     files: list[RemoteFile]
 
 
-def root(repo: str) -> Path:
-    """A repository's folder in the cache; it need not be there."""
+def hub() -> Path:
+    """The hub's cache; it need not be there."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def root(repo: str) -> Path:
+    """A repository's folder in the cache; it need not be there."""
+    return hub() / f"models--{repo.replace('/', '--')}"
 
 
 def snapshot(repo: str, commit: str) -> Path:
@@ -75,10 +80,8 @@ def record(repo: str) -> Record | None:
 
 def records() -> list[Record]:
     """What was pulled of any repository, by name; damaged records are left out."""
-    from huggingface_hub import constants
-
     found = []
-    for path in sorted(Path(constants.HF_HUB_CACHE).glob(f"models--*/{RECORD_FILE}")):
+    for path in sorted(hub().glob(f"models--*/{RECORD_FILE}")):
         try:
             one = record(path.parent.name.removeprefix("models--").replace("--", "/"))
         except CheckpointError:

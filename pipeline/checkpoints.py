@@ -35,6 +35,7 @@ from pipeline.synthesis import SIZES, Progress, Size
 from pipeline.synthesis import tokenizer as _tokenizer
 
 __all__ = [
+    "DEFAULT_QUALITY",
     "FULL_MIMI",
     "MIMI_HEAD_DIM",
     "MIMI_STRIDE",

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import __version__, budget, checkpoints, doctor, download, messages, offline, report
+from pipeline import __version__, budget, checkpoints, doctor, inventory, messages, offline, report
 from pipeline import config as settings
 from pipeline.client import Client
-from pipeline.errors import CheckpointError, ConfigError, ControlError, PipelineError
+from pipeline.errors import ConfigError, ControlError, PipelineError
 from pipeline.messages import LogLevel, TextRecord
 from pipeline.runtime import RunFolder
 from pipeline.supervisor import EXIT_REFUSED, Supervisor, end_orphans
@@ -354,36 +354,56 @@ def synth(folder: Path, quality: str, size: str, seed: int) -> int:
 
 
 @models.command()
-@click.argument("repo", required=False)
+@click.argument("model", required=False, metavar="[REPO|VOICE]")
 @click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), help="By default what REPO's name says.")
-def pull(repo: str | None, quality: str | None) -> int:
-    """Download a checkpoint from the model hub; by default the official one of the quality."""
-    chosen = quality or next((name for name in checkpoints.QUALITIES if repo and repo.endswith(name)), "q4")
-    official = checkpoints.QUALITIES[chosen]
-    err.print(f"{repo or official.repo}, {chosen}: about {official.download_bytes / 1e9:.1f} GB to download")
-    folder = download.pull(repo or official.repo, chosen)
-    checkpoints.find(repo or official.repo, chosen)
-    click.echo(f"{folder}: complete")
+@click.option("--revision", default="main", show_default=True, help="Branch, tag or commit; runs use it from then on.")
+def pull(model: str | None, quality: str | None, revision: str) -> int:
+    """Download a checkpoint from the model hub; by default the official one of the quality.
+
+    A download that was interrupted goes on where it ended. What is here already is checked, and fetched again if it is
+    damaged.
+    """
+    from pipeline import download  # takes half a second
+
+    chosen = quality or checkpoints.label_of(model or "") or checkpoints.DEFAULT_QUALITY
+    plan = download.plan(checkpoints.repository(model, chosen), chosen, revision)
+    err.print(f"{plan.record.repo}, {chosen}, {revision} at {plan.record.commit}:")
+    for planned in plan.files:
+        here = f"{download.size(planned.here_bytes)} here" if planned.here_bytes else "to fetch"
+        err.print(f"  {planned.file.name:48} {download.size(planned.file.size):>9}  {here}")
+    err.print(f"  to fetch: {download.size(plan.missing_bytes)} of {download.size(plan.total_bytes)}")
+    click.echo(f"{download.fetch(plan)}: complete")
     return 0
+
+
+@models.command()
+@click.argument("model", required=False, metavar="[REPO|VOICE|DIR]")
+@click.option("--quality", type=click.Choice(list(checkpoints.QUALITIES)), help="By default what is there.")
+@_json
+def verify(model: str | None, quality: str | None, as_json: bool) -> int:
+    """Compare a checkpoint's files with the hashes that the hub told, and with what its config asks for."""
+    verdicts = inventory.verify(model, quality or checkpoints.quality_of(model))
+    if as_json:
+        _print_json(verdicts)
+    else:
+        for verdict in verdicts:
+            found = verdict.fault or f"by its {verdict.checked}"
+            out.print(f"{verdict.state:8} {verdict.file:48} {found}")
+    return 0 if all(verdict.state == "ok" for verdict in verdicts) else 1
 
 
 @models.command(name="list")
 @_json
 def list_(as_json: bool) -> int:
-    """The official checkpoints, and which of them are on this machine."""
-    rows: list[dict[str, Any]] = []
-    for name, quality in checkpoints.QUALITIES.items():
-        try:
-            folder = str(checkpoints.find(None, name).folder)
-        except CheckpointError:
-            folder = ""
-        rows.append({"quality": name, "repo": quality.repo, "bytes": quality.download_bytes, "folder": folder})
+    """The official checkpoints and others that were pulled, and which of them are on this machine."""
+    entries = inventory.entries()
     if as_json:
-        _print_json(rows)
+        _print_json(entries)
         return 0
-    for row in rows:
-        place = row["folder"] or f"not downloaded: `pipeline models pull {row['repo']}`"
-        click.echo(f"{row['quality']:5} {row['repo']:28} {row['bytes'] / 1e9:5.1f} GB  {place}")
+    for entry in entries:
+        pinned = f"{entry.revision} at {entry.commit[:12]}  {entry.folder}"
+        place = entry.problem or (pinned if entry.folder else f"not downloaded: `pipeline models pull {entry.repo}`")
+        click.echo(f"{entry.quality:5} {entry.repo:28} {entry.bytes / 1e9:5.1f} GB  {place}")
     return 0
 
 
