@@ -21,6 +21,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # where all i
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     build_hf_headers,
@@ -233,14 +234,14 @@ def _answering(repo: str, revision: str) -> Iterator[None]:
     except HFValidationError:
         raise CheckpointError(f"model {repo!r}: expected a repository such as kyutai/moshiko-mlx-q4") from None
     except GatedRepoError:
-        line = "is gated: ask for access on its page, log in (`huggingface-cli login`), and pull again"
+        line = "is gated: ask for access on its page, set HF_TOKEN to your token, and pull again"
         raise CheckpointError(f"model {repo}: {line}") from None
     except RevisionNotFoundError:
         raise CheckpointError(
             f"model {repo}: has no revision {revision!r}: expected a branch, a tag or a commit"
         ) from None
     except RepositoryNotFoundError:
-        line = "is not on the hub, or not for everyone: check the name, or log in (`huggingface-cli login`)"
+        line = "is not on the hub, or not for everyone: check the name, or set HF_TOKEN to your token"
         raise CheckpointError(f"model {repo}: {line}") from None
     except TRANSPORT as error:
         raise CheckpointError(f"model {repo}: {_reason(error)}") from None
@@ -248,8 +249,10 @@ def _answering(repo: str, revision: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it to download"
     if status in DENIED:
-        return f"the hub refuses access ({status}): log in (`huggingface-cli login`)"
+        return f"the hub refuses access ({status}): set HF_TOKEN to your token"
     if status is not None:
         return f"the hub answers with an error ({status}): try again later"
     if isinstance(error, OSError) and error.errno in DISK_FULL:

@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import huggingface_hub.hf_api
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from pipeline import cache, download, inventory
 from pipeline.checkpoints import find, synthesize
@@ -296,11 +297,27 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("status", "line"),
-        [(403, "the hub refuses access (403): log in"), (500, "the hub answers with an error (500): try again later")],
+        [
+            (403, "the hub refuses access (403): set HF_TOKEN"),
+            (500, "the hub answers with an error (500): try again later"),
+        ],
     )
     def test_an_answer_that_is_an_error(self, hub: Hub, status: int, line: str) -> None:
         hub.status = status
         assert refusal(pull).startswith(f"model {REPO}: {line}")
+
+    def test_no_token(self, hub: Hub) -> None:
+        hub.status = 401
+        assert refusal(pull).endswith(
+            "is not on the hub, or not for everyone: check the name, or set HF_TOKEN to your token"
+        )
+
+    def test_offline_by_choice(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OfflineModeIsEnabled("offline mode is enabled")
+
+        monkeypatch.setattr(download, "HfApi", refuse)
+        assert refusal(pull) == f"model {REPO}: HF_HUB_OFFLINE is set: unset it to download"
 
     def test_no_network(self, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         use("http://127.0.0.1:9", monkeypatch)
