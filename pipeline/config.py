@@ -80,10 +80,10 @@ class Config(_Section):
     """A checkpoint's folder or a repository. Unset: the official one of the quality."""
     seconds: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     """Stop after so long. Unset: run until stopped, or until an input file is answered."""
-    offline: bool = False
-    """From file to file, as fast as it goes, with back-pressure instead of drops. Set by `pipeline run`."""
     ring_seconds: Annotated[float, Meta(ge=10, le=600)] = 12.0
     """What each ring holds: how long the model may stall before microphone samples are lost."""
+    offline: bool = False
+    """From file to file, as fast as it goes, with back-pressure instead of drops. Set by `pipeline run`."""
     capture: CaptureConfig = msgspec.field(default_factory=CaptureConfig)
     inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
     playback: PlaybackConfig = msgspec.field(default_factory=PlaybackConfig)

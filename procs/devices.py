@@ -473,7 +473,11 @@ class _FileSink:
 
     def write(self, samples: Samples) -> None:
         if self._file is not None:
-            self._file.write(samples)
+            try:
+                self._file.write(samples)
+            except soundfile.LibsndfileError as error:
+                why = error.error_string.rstrip(".")
+                raise DeviceError(f"cannot be written: {why}; is the disk full?") from None
 
     def close(self) -> None:
         if self._file is not None:

@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.config import CaptureConfig, Config, InferenceConfig, PlaybackConfig, SamplerConfig
 from pipeline.errors import ConfigError
 
-TOP = "engine, quality, model, seconds, offline, ring_seconds, capture, inference, playback, sampler"
+TOP = "engine, quality, model, seconds, ring_seconds, offline, capture, inference, playback, sampler"
 
 
 @pytest.fixture
