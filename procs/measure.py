@@ -112,6 +112,8 @@ def main() -> None:
         measured = measure(checkpoints.find(arguments.model, arguments.quality), arguments.frames)
     except PipelineError as error:
         sys.exit(str(error))
+    except Exception as error:  # mlx raises what its device says, in many lines: the first one names it
+        sys.exit(" ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]))
     print(msgspec.json.encode(measured).decode())
 
 

@@ -2,12 +2,15 @@
 
 import gc
 import itertools
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
+from pipeline import checkpoints
+from pipeline.errors import CheckpointError
 from pipeline.topology import FRAME
 from procs import measure
 from procs.engines import Samples, Step
@@ -55,6 +58,25 @@ def test_the_input_is_speech_again_and_again() -> None:
 
 def test_memory_is_told_in_mb() -> None:
     assert 10 < measure._peak_mb() < 100_000
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (CheckpointError("x is no checkpoint"), "x is no checkpoint"),
+        (RuntimeError("no kernel\n\nmany lines\n."), "RuntimeError: no kernel"),
+        (MemoryError(), "MemoryError:"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["measure"])
+    monkeypatch.setattr(checkpoints, "find", fail)
+    with pytest.raises(SystemExit) as leaving:
+        measure.main()
+    assert leaving.value.code == line
 
 
 # The memory's bandwidth
