@@ -143,7 +143,7 @@ def run(
         chosen.sampler.seed = offline.SEED
     if chosen.engine == "moshi":
         checkpoints.find(chosen.model, chosen.quality)  # before anything is started
-    if transcript is not None and transcript.resolve() in (source.resolve(), target.resolve()):
+    if transcript is not None and any(settings.same_file(transcript, other) for other in (source, target)):
         raise ConfigError(f"transcript {transcript}: expected another file than IN and OUT")
     words = offline.Transcript(transcript, to_stdout=not as_json)
     code, result = offline.Run(chosen, RunFolder(name), words, err).run()

@@ -1,6 +1,7 @@
 """The settings of a run: run.toml, checked key by key, and what the command line overrides."""
 
 import contextlib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -119,7 +120,8 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
         table[last] = value
     config = _convert(merged, "command line")
     source, sink = config.capture.input, config.playback.output
-    if source.startswith("file:") and _file(source) == _file(sink):
+    read, written = _file(source), _file(sink)
+    if read is not None and written is not None and same_file(read, written):
         raise ConfigError(f"playback.output = {sink!r}: expected another file than the input")
     if config.offline:
         _check_files(config)
@@ -137,6 +139,13 @@ def _check_files(config: Config) -> None:
     for key, spec in (("capture.input", config.capture.input), ("playback.output", config.playback.output)):
         if not spec.startswith("file:"):
             raise ConfigError(f"{key} = {spec!r}: expected file:PATH where offline = true")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, by whatever links and letters."""
+    with contextlib.suppress(OSError, ValueError):  # one of them is not there yet
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _file(spec: str) -> Path | None:

@@ -273,12 +273,13 @@ def test_seconds_may_be_a_lifetime_of_a_machine(run_toml: Path) -> None:
     assert config.load(run_toml, {}).seconds == 1e9
 
 
-@pytest.mark.parametrize("output", ["a.wav", "./a.wav", "folder/../a.wav", "link.wav", "{here}/a.wav"])
+@pytest.mark.parametrize("output", ["a.wav", "./a.wav", "folder/../a.wav", "link.wav", "hard.wav", "{here}/a.wav"])
 def test_the_input_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("a.wav").touch()
     Path("link.wav").symlink_to("a.wav")
+    Path("hard.wav").hardlink_to("a.wav")
     sink = "file:" + output.format(here=tmp_path)
     line = f"playback.output = {sink!r}: expected another file than the input"
     assert refused(None, {"capture.input": "file:a.wav", "playback.output": sink}) == line

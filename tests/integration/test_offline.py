@@ -260,7 +260,9 @@ def test_outputs_that_are_none(runs: Runs) -> None:
     assert "unknown kind of sound file '.xyz'" in refusal(runs, source, "out.xyz", *echo)
     assert refusal(runs, source, source, *echo).endswith("expected another file than the input")
     assert refusal(runs, source, "in.wav", *echo).endswith("expected another file than the input")
-    for words in (source, "out.wav"):
+    (runs.folder / "link.wav").hardlink_to(source)
+    assert refusal(runs, source, "link.wav", *echo).endswith("expected another file than the input")
+    for words in (source, "link.wav", "out.wav"):
         line = refusal(runs, source, "out.wav", *echo, "--transcript", words)
         assert line == f"transcript {words}: expected another file than IN and OUT"
     line = refusal(runs, source, "out.wav", *echo, "--transcript", "/nowhere/words.txt")
