@@ -70,8 +70,6 @@ class Transcript:
 
     def __init__(self, path: Path | None, *, to_stdout: bool) -> None:
         self.words: list[Word] = []
-        self.failure: OSError | None = None
-        """What kept the words from being written."""
         self._pieces = Words()
         self._path = path
         self._to_stdout = to_stdout and path is None
@@ -80,36 +78,37 @@ class Transcript:
             _check_writable(path)
 
     def begin(self) -> None:
-        """The run has begun. Raises OSError."""
-        with self._noting_failure():
-            if self._path is not None:
+        """The run has begun. Raises ConfigError."""
+        if self._path is not None:
+            with self._said():
                 self._file = self._path.open("w", encoding="utf-8")
 
     def add(self, record: TextRecord) -> None:
-        """Write the words that are complete now. Raises OSError."""
+        """Write the words that are complete now. Raises ConfigError, or OSError of standard output."""
         self._write(self._pieces.add(record.frame, record.text))
 
     def end(self) -> None:
-        """Write the last word and close the file. Raises OSError."""
+        """Write the last word and close the file. Raises as `add` does."""
         self._write(self._pieces.end())
         if self._file is not None:
-            self._file.close()
+            with self._said():
+                self._file.close()
 
     def _write(self, words: Iterator[Word]) -> None:
-        with self._noting_failure():
-            for word in words:
-                self.words.append(word)
-                if self._file is not None or self._to_stdout:
-                    # Standard output is looked up each time: a progress bar puts itself between.
-                    print(word.line(), file=self._file or sys.stdout, flush=True)
+        for word in words:
+            self.words.append(word)
+            if self._file is not None:
+                with self._said():
+                    print(word.line(), file=self._file, flush=True)
+            elif self._to_stdout:
+                print(word.line(), flush=True)
 
     @contextlib.contextmanager
-    def _noting_failure(self) -> Iterator[None]:
+    def _said(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.failure = error
-            raise
+            raise ConfigError(f"transcript {self._path}: cannot be written: {error.strerror}") from None
 
 
 def _check_writable(path: Path) -> None:
@@ -194,14 +193,15 @@ class Run:
         )
 
     def _end(self, code: int) -> int:
-        if self._began:
-            with contextlib.suppress(OSError):  # kept as the transcript's failure
+        """Write the last word; an error only where the run had none."""
+        try:
+            if self._began:
                 self._transcript.end()
-        failure = self._transcript.failure
-        if failure is None:
-            return code
-        self._on_log("supervisor", "error", f"the transcript cannot be written: {failure.strerror or failure}")
-        return code or 1
+        except (ConfigError, OSError) as error:
+            if code == 0:
+                self._on_log("supervisor", "error", str(error))
+            return code or 1
+        return code
 
     def _on_log(self, stage: str, level: LogLevel, message: str) -> None:
         if level != "info":

@@ -21,6 +21,7 @@ from pipeline import config as settings
 from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import Hub
+from pipeline.errors import PipelineError
 from pipeline.messages import (
     CARRIED_OUT_BY,
     Accounting,
@@ -523,6 +524,8 @@ class Supervisor:
         """A terminal that is gone, or a pipe that nobody reads, ends the run in good order."""
         try:
             callback(*values)
+        except PipelineError as error:
+            self._end(str(error))
         except (OSError, SystemExit):
             self._end()
 

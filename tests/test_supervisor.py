@@ -430,7 +430,7 @@ def test_an_error_that_a_stage_reports_makes_the_run_unclean(make_run: MakeRun) 
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("failure", [OSError("a pipe that nobody reads"), SystemExit(1)])
+@pytest.mark.parametrize("failure", [OSError("a pipe that nobody reads"), SystemExit(1), ConfigError("no")])
 @pytest.mark.parametrize("callback", ["on_text", "on_log"])
 def test_a_callback_that_cannot_go_on_ends_the_run_in_good_order(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, callback: str, failure: BaseException
@@ -448,7 +448,7 @@ def test_a_callback_that_cannot_go_on_ends_the_run_in_good_order(
         monkeypatch.setattr(run, "on_log", fail)
     else:
         monkeypatch.setattr(run, "text", type("Text", (), {"append": staticmethod(fail)}))
-    assert run.run() == 0
+    assert run.run() == isinstance(failure, ConfigError)
     assert begun
     assert run.final is not None
     assert run.final.state == "stopped"
