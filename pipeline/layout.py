@@ -1,8 +1,8 @@
 """What a checkpoint's files must hold: config.json's keys, and the tensors that follow from them.
 
 Moshi's family shares one architecture, and these of its features make a conversation: any dimensions, any number of
-codebooks for each side, any delays, and a depformer of any schedule or with low-rank embeddings (a file for MLX has
-tensors of its own for each step). Tried by building upstream's `Lm` from shrunken configs and comparing every tensor:
+codebooks for each side, any delays, and a depformer of any schedule (a file for MLX has tensors of its own for each
+step). Tried by building upstream's `Lm` from shrunken configs and comparing every tensor:
 Moshi 7B, the 2B and 1B translators' dimensions, low-rank embeddings, each in every quality (tests/test_layout.py). What
 needs input that a conversation has not is refused (FOREIGN).
 """
@@ -145,13 +145,15 @@ class ModelConfig(msgspec.Struct, frozen=True):
 FOREIGN: Final = (
     "layer_scale",
     "depformer_layer_scale",
+    "depformer_low_rank_embeddings",
     "demux_second_stream",
     "cross_attention",
     "conditioners",
     "extra_heads_num_heads",
 )
 """Features of other models of the family (speech to text, text to speech, translation): each adds tensors or input
-that a conversation has not."""
+that a conversation has not. Low-rank embeddings would do no harm there; their tensors are known here (model_table), but
+procs/model/generator.py does not apply their projection."""
 
 # What upstream's MLX code computes whatever config.json says; another value would be computed wrong without a word.
 COMPUTED: Final[Mapping[str, tuple[object, ...]]] = {

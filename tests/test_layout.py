@@ -95,7 +95,7 @@ def test_groups_that_do_not_fit() -> None:
         model_table(config, "q8")
 
 
-@pytest.mark.parametrize("name", ["hibiki-like", "low rank"])
+@pytest.mark.parametrize("name", ["hibiki-like", "2B-like"])
 def test_it_is_found_and_loads_into_upstreams_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mimi = SIZES["tiny"].mimi._replace(bins=64)
     monkeypatch.setitem(SIZES, name, Size(CONFIGS[name], mimi))
