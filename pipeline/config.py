@@ -19,6 +19,8 @@ Quality = Literal["q4", "q8", "bf16"]
 Milliseconds = Annotated[float, Meta(ge=0, le=1_000)]
 Temperature = Annotated[float, Meta(ge=0, le=10)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
+Probability = Annotated[float, Meta(gt=0, le=1)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class _Section(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -59,17 +61,52 @@ class InferenceConfig(_Section):
     """What is left waiting when a backlog is dropped."""
     backlog_limit: Annotated[int, Meta(ge=1, le=100)] = 8
     """More than these waiting are dropped, oldest first."""
+    codec: Literal["auto", "mlx", "rust"] = "auto"
+    """What turns sound into codes and back: Mimi on MLX's device, or rustymimi on the CPU. `auto` takes what was
+    measured to be faster where MLX computes."""
+
+
+Cut = tuple[int | None, float | None, float | None]
+"""Top-k, top-p and min-p, of which at most one is set."""
 
 
 class SamplerConfig(_Section):
-    """How tokens are drawn."""
+    """How tokens are drawn. Of each kind's three cuts one at most is set; where none is, its top-k is the default's."""
 
     text_temperature: Temperature = 0.7
-    text_top_k: Count = 25
+    """What logits are divided by; 0 always takes the likeliest token."""
+    text_top_k: Count | None = None
+    """So many of the likeliest tokens may be drawn. Unset, like the other two: 25."""
+    text_top_p: Probability | None = None
+    """The likeliest tokens that together have this probability may be drawn; 1 is no cut."""
+    text_min_p: Probability | None = None
+    """Tokens with at least this share of the likeliest one's probability may be drawn."""
     audio_temperature: Temperature = 0.8
-    audio_top_k: Count = 250
-    seed: int | None = None
+    audio_top_k: Count | None = None
+    """Unset, like the other two: 250."""
+    audio_top_p: Probability | None = None
+    audio_min_p: Probability | None = None
+    seed: Seed | None = None
     """Unset: another conversation each time."""
+
+    @property
+    def text_cut(self) -> Cut:
+        """Which text tokens may be drawn."""
+        return _cut(self.text_top_k, self.text_top_p, self.text_min_p, _TEXT_TOP_K)
+
+    @property
+    def audio_cut(self) -> Cut:
+        """Which audio tokens may be drawn."""
+        return _cut(self.audio_top_k, self.audio_top_p, self.audio_min_p, _AUDIO_TOP_K)
+
+
+_TEXT_TOP_K: Final = 25
+_AUDIO_TOP_K: Final = 250
+"""As Kyutai's own programs for PyTorch draw."""
+
+
+def _cut(top_k: int | None, top_p: float | None, min_p: float | None, default: int) -> Cut:
+    return (top_k, top_p, min_p) if top_k or top_p or min_p else (default, None, None)
 
 
 class Config(_Section):
@@ -125,6 +162,7 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
         raise ConfigError(f"playback.output = {sink!r}: expected another file than the input")
     if config.offline:
         _check_files(config)
+    _check_cuts(config.sampler, str(path or "defaults"))
     inference = config.inference
     if inference.backlog_limit < inference.backlog_target:
         raise ConfigError(
@@ -132,6 +170,17 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
             f"expected at least inference.backlog_target, {inference.backlog_target}"
         )
     return config
+
+
+def _check_cuts(sampler: SamplerConfig, source: str) -> None:
+    for kind in ("text", "audio"):
+        names = [f"{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")]
+        given = [name for name in names if getattr(sampler, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{source}: sampler.{given[1]} = {getattr(sampler, given[1])}: expected to be unset, "
+                f"as sampler.{given[0]} is set"
+            )
 
 
 def _check_files(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What the inference stage asks of an engine, and `echo`, the engine that returns what it was given."""
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +22,22 @@ class Step:
     step_ms: float = 0.0
     decode_ms: float = 0.0
     new_conversation: bool = False
-    """The engine began anew with this frame, by itself: its memory was full, or no longer held numbers."""
+    """The engine began anew with this frame, by itself: its memory no longer held numbers."""
+
+
+class Answer(Protocol):
+    """What becomes of one frame."""
+
+    def result(self) -> Step:
+        """Wait until all of it is there, in any thread. Called once."""
 
 
 class Engine(Protocol):
-    """Turns a frame of the microphone into a frame for the speaker."""
+    """Turns frames of the microphone into frames for the speaker, one for one and in order."""
 
     name: str
+    overlaps: bool
+    """Whether it gains from being given a frame while it works on the one before."""
 
     def load(self) -> None:
         """Bring the model into memory and run real steps until the next is as fast as any.
@@ -35,23 +45,49 @@ class Engine(Protocol):
         Raises CheckpointError.
         """
 
-    def step(self, frame: Samples) -> Step:
-        """Answer one frame, shape (FRAME,), float32, finite and within full scale."""
+    def listen(self, frame: Samples) -> None:
+        """Take in one frame, shape (FRAME,), float32; what can be done before its turn comes is begun."""
+
+    def respond(self) -> Answer:
+        """Answer the oldest frame that was taken in and not yet answered."""
 
     def reset(self) -> None:
-        """Begin a new conversation, without loading anything again."""
+        """Begin a new conversation, without loading anything again. Frames not yet answered are forgotten."""
+
+    def keep_warm(self) -> None:
+        """Do a tiny piece of work, for a device that would otherwise put the model out of reach."""
 
 
 class Echo:
     """Returns the frame that it was given: a sound check."""
 
     name = "echo"
+    overlaps = False
+
+    def __init__(self) -> None:
+        self._heard: deque[Samples] = deque()
 
     def load(self) -> None:
         """Nothing to load."""
 
-    def step(self, frame: Samples) -> Step:
-        return Step(audio=frame)
+    def listen(self, frame: Samples) -> None:
+        self._heard.append(frame)
+
+    def respond(self) -> "Echoed":
+        return Echoed(self._heard.popleft())
 
     def reset(self) -> None:
-        """Nothing is remembered between frames."""
+        self._heard.clear()
+
+    def keep_warm(self) -> None:
+        """There is no device."""
+
+
+class Echoed:
+    """An answer that was there from the start."""
+
+    def __init__(self, frame: Samples) -> None:
+        self._frame = frame
+
+    def result(self) -> Step:
+        return Step(audio=self._frame)

@@ -1,16 +1,107 @@
 """The inference stage: each frame of the capture ring through the engine, and its answer into the playback ring."""
 
+import queue
+import threading
+from collections import deque
+from typing import Final, NamedTuple
+
 import numpy as np
 
-from pipeline import checkpoints, worker
+from pipeline import apple, checkpoints, worker
 from pipeline.audio import make_fit
+from pipeline.bell import Bell
+from pipeline.config import Config
 from pipeline.control import HasFileno
 from pipeline.messages import AnyCommand, Finished, Reset, TextRecord, TimingRecord, XrunRecord
-from pipeline.ring import Consumer, RingWriter
+from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.timing import now_ns, promote_thread
 from pipeline.topology import FRAME
 from pipeline.worker import Context
-from procs.engines import Echo, Engine
+from procs.engines import Answer, Echo, Engine, Step
+
+AHEAD: Final = 2
+"""Frames that an engine which overlaps is given at a time: the one whose turn it is, and the next, if it is there."""
+
+UNSAID: Final = 2
+"""Answers whose sound may still be in the making while the next frame is begun."""
+
+
+class Question(NamedTuple):
+    """A frame that was given to the engine."""
+
+    number: int
+    captured_ns: int
+    start_ns: int
+    queued: int
+    """Frames that were waiting when it was taken, itself included."""
+
+
+class Written(NamedTuple):
+    """An answer that is in the playback ring."""
+
+    question: Question
+    step: Step
+    end_ns: int
+
+
+class Answers:
+    """Writes answers into the playback ring, in order, each when its sound is there.
+
+    With a thread of its own the next frame need not wait for that; without, it is done at once. Counts and reports
+    are left to the stage's own thread, which finds what was written in `written`.
+    """
+
+    def __init__(self, ring: Ring, bell: Bell, threaded: bool) -> None:
+        """`bell` is rung for each answer that the thread has written."""
+        self.written: deque[Written] = deque()
+        self._writer = RingWriter(ring)
+        self._bell = bell
+        self._unsaid: queue.Queue[tuple[Question, Answer] | None] = queue.Queue(UNSAID)
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True) if threaded else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def put(self, question: Question, answer: Answer) -> None:
+        """Hand over an answer; waits while UNSAID earlier ones are not written."""
+        if self._thread is None:
+            self._write(question, answer)
+        else:
+            self._unsaid.put((question, answer))
+            self._raise()
+
+    def end(self) -> None:
+        """Wait until all is written, and end the stream."""
+        if self._thread is not None:
+            self._unsaid.put(None)
+            self._thread.join()
+        self._raise()
+        self._writer.end()
+
+    def _raise(self) -> None:
+        """What went wrong in the thread goes wrong for the stage."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        apple.raise_thread()
+        while (item := self._unsaid.get()) is not None:
+            if self._failure is not None:
+                continue  # whoever waits for room is to come by and see
+            try:
+                self._write(*item)
+            except Exception as error:
+                self._failure = error
+            self._bell.ring()
+
+    def _write(self, question: Question, answer: Answer) -> None:
+        step = answer.result()
+        if cleaned := make_fit(step.audio):
+            self._writer.count("cleaned", cleaned)
+        end_ns = now_ns()
+        self._writer.mark(self._writer.position, question.number, question.captured_ns, question.start_ns, end_ns)
+        self._writer.write(step.audio)
+        self.written.append(Written(question, step, end_ns))
 
 
 class Inference:
@@ -19,44 +110,60 @@ class Inference:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._bell = context.bell
-        self._capture = context.rings["capture"]
-        self._source = Consumer(self._capture)
-        self._writer = RingWriter(context.rings["playback"])
+        self._capture, self._playback = context.rings["capture"], context.rings["playback"]
+        self._counts = Consumer(self._capture)
         self._frame = np.zeros(FRAME, np.float32)
         make_fit(self._frame)  # the first time takes milliseconds; the first frame need not wait for it
         self._engine: Engine = Echo()
+        self._asked: deque[Question] = deque()
         self._ended = False
         self._pass_over_answered()
+        # Frames are counted when they are answered, in order; the reader is that much ahead.
+        self._reader = RingReader(self._capture, self._counts.position)
+        self._answers = Answers(self._playback, self._bell, threaded=False)
+        self._warm = apple.KeepWarm(now_ns())
 
     def _pass_over_answered(self) -> None:
-        """A predecessor that was killed between its answer and its count: the frame is not answered twice."""
-        playback = self._writer.ring
-        last = playback.mark(playback.mark_count - 1)
-        if last is not None and last.frame * FRAME == self._source.position and self._source.available >= FRAME:
-            self._source.position += FRAME
-            self._source.consume(FRAME)
+        """A predecessor that was killed between its answers and its count: no frame is answered twice."""
+        last = self._playback.mark(self._playback.mark_count - 1)
+        if last is None:
+            return
+        answered = (last.frame + 1) * FRAME - self._counts.position
+        if 0 < answered <= self._counts.available:
+            self._count_answered(answered)
+
+    def _count_answered(self, count: int) -> None:
+        self._counts.position += count
+        self._counts.consume(count)
 
     def open(self) -> str:
+        apple.raise_thread()
         config = self._context.config
-        if config.engine == "echo":
-            detail = "echo"
-        else:
-            checkpoint = checkpoints.find(config.model, config.quality)
-            # Only here: echo runs where mlx is not installed, and capture and playback never see it.
-            from procs.model import Moshi
-
-            sampler = config.sampler
-            self._engine = Moshi(
-                checkpoint,
-                seed=sampler.seed,
-                text_temperature=sampler.text_temperature,
-                text_top_k=sampler.text_top_k,
-                audio_temperature=sampler.audio_temperature,
-                audio_top_k=sampler.audio_top_k,
-            )
-            detail = f"{checkpoint.model_file.parent} {checkpoint.quality}"
-        self._engine.load()
+        detail = "echo" if config.engine == "echo" else self._open_moshi(config)
+        self._answers = Answers(self._playback, self._bell, threaded=self._engine.overlaps)
         return detail
+
+    def _open_moshi(self, config: Config) -> str:
+        checkpoint = checkpoints.find(config.model, config.quality)
+        # Only here: echo runs where mlx is not installed, and capture and playback never see it.
+        from procs.model import Choice, Moshi, Sampling
+
+        sampler = config.sampler
+        sampling = Sampling(
+            text=Choice(sampler.text_temperature, *sampler.text_cut),
+            audio=Choice(sampler.audio_temperature, *sampler.audio_cut),
+        )
+        codec = None if config.inference.codec == "auto" else config.inference.codec
+        engine = Moshi(checkpoint, seed=sampler.seed, sampling=sampling, codec=codec)
+        engine.load()
+        self._engine = engine
+        loaded = engine.loaded
+        self._context.log(
+            "info",
+            f"loaded in {loaded.load_ms / 1e3:.1f} s, warm after {loaded.warm_up_ms / 1e3:.1f} s more, "
+            f"the first frame took {loaded.first_frame_ms:.0f} ms; codec {engine.codec.name}",
+        )
+        return f"{checkpoint.model_file.parent} {checkpoint.quality}"
 
     def start(self) -> None:
         """Frames arrive by themselves."""
@@ -71,66 +178,96 @@ class Inference:
 
     def work(self) -> bool:
         self._bell.clear()
-        source = self._source
+        self._settle()
         self._shed()
-        if source.available >= FRAME:
-            self._step()
-            return source.available >= FRAME or source.ended
-        if source.ended and not self._ended:
+        self._listen()
+        if self._asked:
+            self._answers.put(self._asked.popleft(), self._engine.respond())
+            self._settle()
+            return bool(self._asked) or self._reader.available >= FRAME or self._reader.ended
+        if self._reader.ended and not self._ended:
             self._ended = True
-            self._writer.end()
+            self._answers.end()
+            self._settle()
             self._context.report(Finished(stage="inference"))
+        if self._warm.is_due(now_ns()):
+            self._engine.keep_warm()
         return False
 
     def _shed(self) -> None:
-        """Drop the oldest of a backlog over the limit, in whole frames."""
-        source, bounds = self._source, self._context.config.inference
+        """Drop the oldest of a backlog over the limit, in whole frames; nothing where the input waits for the output."""
+        reader, bounds = self._reader, self._context.config.inference
         # After an overwrite the reader may stand within a frame: go on at the start of one.
-        source.skip(-source.position % FRAME)
-        backlog = source.available // FRAME
-        if backlog <= bounds.backlog_limit:
+        self._drop(-reader.position % FRAME)
+        backlog = reader.available // FRAME
+        if backlog <= bounds.backlog_limit or self._context.config.offline:
             return
         dropped = backlog - bounds.backlog_target
-        source.skip(dropped * FRAME)
+        self._drop(dropped * FRAME)
         self._context.report(XrunRecord(stage="inference", kind="dropped", count=dropped, time_ns=now_ns()))
 
-    def _step(self) -> None:
-        source, frame = self._source, self._frame
-        queued = source.available // FRAME
-        start_ns = now_ns()
-        count = source.read(frame)
-        if count < FRAME or source.position % FRAME:
+    def _drop(self, count: int) -> None:
+        """Pass over samples that are not read."""
+        if count:
+            self._reader.position += count
+            self._count_dropped(count)
+
+    def _count_dropped(self, count: int) -> None:
+        self._counts.position += count
+        self._counts.drop(count)
+
+    def _listen(self) -> None:
+        """Give the engine what it may be given at a time."""
+        most = AHEAD if self._engine.overlaps else 1
+        while len(self._asked) < most and self._reader.available >= FRAME and self._has_room():
+            self._take()
+
+    def _has_room(self) -> bool:
+        """Offline: whether all that is asked can be answered without overwriting what playback has not taken."""
+        if not self._context.config.offline:
+            return True
+        asked = len(self._asked) + UNSAID + AHEAD
+        return self._playback.capacity - self._playback.ledger().waiting > asked * FRAME
+
+    def _take(self) -> None:
+        reader, start_ns = self._reader, now_ns()
+        queued = reader.available // FRAME
+        count = reader.read(self._frame)
+        if reader.lost:
+            self._count_dropped(reader.lost)
+            reader.lost = 0
+        if count < FRAME or reader.position % FRAME:
             # The writer overtook the copy. What came of it is no whole frame.
-            source.drop(count)
+            self._count_dropped(count)
             return
-        number = source.position // FRAME - 1
+        number = reader.position // FRAME - 1
         mark = self._capture.mark(number)
-        step = self._engine.step(frame)
-        cleaned = make_fit(step.audio)
-        if cleaned:
-            self._writer.count("cleaned", cleaned)
-        end_ns = now_ns()
-        captured_ns = mark.captured_ns if mark is not None else start_ns
-        self._writer.mark(self._writer.position, number, captured_ns, start_ns, end_ns)
-        self._writer.write(step.audio)
-        source.consume(FRAME)
-        report = self._context.report
-        report(
-            TimingRecord(
-                stage="inference",
-                frame=number,
-                start_ns=start_ns,
-                end_ns=end_ns,
-                queued=queued,
-                encode_ms=step.encode_ms,
-                step_ms=step.step_ms,
-                decode_ms=step.decode_ms,
+        self._asked.append(Question(number, mark.captured_ns if mark is not None else start_ns, start_ns, queued))
+        self._engine.listen(self._frame)
+
+    def _settle(self) -> None:
+        """Count and report the answers that are written."""
+        report, written = self._context.report, self._answers.written
+        while written:
+            question, step, end_ns = written.popleft()
+            self._count_answered(FRAME)
+            self._warm.on_frame(end_ns)
+            report(
+                TimingRecord(
+                    stage="inference",
+                    frame=question.number,
+                    start_ns=question.start_ns,
+                    end_ns=end_ns,
+                    queued=question.queued,
+                    encode_ms=step.encode_ms,
+                    step_ms=step.step_ms,
+                    decode_ms=step.decode_ms,
+                )
             )
-        )
-        if step.new_conversation:
-            self._context.log("info", f"a new conversation begins with frame {number}")
-        if step.text:
-            report(TextRecord(frame=number, text=step.text, time_ns=end_ns))
+            if step.new_conversation:
+                self._context.log("info", f"a new conversation begins with frame {question.number}")
+            if step.text:
+                report(TextRecord(frame=question.number, text=step.text, time_ns=end_ns))
 
     def finish(self) -> None:
         """Only capture ends a stream; the end reaches this stage through the ring."""
@@ -138,7 +275,11 @@ class Inference:
     def apply(self, command: AnyCommand) -> int:
         if isinstance(command, Reset):
             self._engine.reset()
-        return self._source.position // FRAME
+            if self._asked:
+                # What the engine was given and has not answered belongs to the new conversation.
+                self._reader.position = self._asked[0].number * FRAME
+                self._asked.clear()
+        return self._reader.position // FRAME
 
     def stop(self) -> None:
         """The model goes with the process."""

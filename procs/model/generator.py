@@ -15,23 +15,25 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from moshi_mlx.models.lm import Lm
 
-from procs.model.sampling import Sampling, draw
+from procs.model.rotation import REBASE, turn, turn_back
+from procs.model.sampling import Kind, Sampling, draw
 
 Codes = npt.NDArray[np.integer[Any]]
 
-REBASE: Final = 1 << 15
-"""Positions, 44 min, after which they are counted from the context's start again: as float32 tells large angles from
-each other less and less, keys would turn by what is not quite their position."""
-
-_SUBMIT_LAYERS: Final = 8
+_SUBMIT_LAYERS: Final = 4
 """Layers after which the device is given what there is of the graph."""
 
 _UNSAID: Final = -1
 """Stands in the history where nothing was said or heard yet."""
+
+
+Keys = list[mx.array]
+"""Keys of random numbers, each of shape (2,)."""
 
 
 class Tokens(NamedTuple):
@@ -45,10 +47,11 @@ class Tokens(NamedTuple):
 class Generator:
     """One conversation at a time with a model, without a maximum of steps."""
 
-    def __init__(self, model: Lm, sampling: Sampling, seed: int | None = None) -> None:
+    def __init__(self, model: Lm, sampling: Sampling, seed: int | None = None, dtype: Any = None) -> None:
         """Takes `model` over: some of its tables are joined into one, and gone from it.
 
-        `seed` makes each conversation draw alike; None makes each another.
+        `seed` makes each conversation draw alike; None makes each another. `dtype` is what is computed in, by default
+        the weights' own type.
         """
         config = model.cfg
         self.context: int = config.transformer.context
@@ -61,10 +64,11 @@ class Generator:
         self._begin_audio: int = config.audio_padding_token
         self._seed = seed
         self._sampling = sampling
-        self._embed = _Embeddings(model)
+        self._dtype = dtype or model.out_norm.weight.dtype
+        self._embed = _Embeddings(model, self._dtype)
         self._layers = _Layers(model)
-        self._depformer = _Depformer(model)
-        self._rings = [_Ring(model, self.context, self._embed.dtype) for _ in model.transformer.layers]
+        self._depformer = _Depformer(model, self._dtype)
+        self._rings = [_Ring(model, self.context, self._dtype) for _ in model.transformer.layers]
         self.reset()
 
     @property
@@ -75,17 +79,44 @@ class Generator:
     @sampling.setter
     def sampling(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._numbers = sampling.text.numbers(self._embed.dtype) + sampling.audio.numbers(self._embed.dtype)
+        # The keys for the next frame were made for the draws as they were.
+        self._split = mx.compile(self._chain)
+        self._key = self._root
+        self._next_keys()
+        self._numbers = sampling.text.numbers(self._dtype) + sampling.audio.numbers(self._dtype)
+
+    def _chain(self, key: mx.array) -> tuple[Keys, mx.array]:
+        """A key for each draw of a frame, one split off after the other; and the one for the rest.
+
+        What is drawn greedily needs none, and takes none, so that the others draw as upstream's do.
+        """
+        kinds = [self._sampling.text.kind] + [self._sampling.audio.kind] * self._spoken
+        keys = []
+        for name, _ in kinds:
+            if name == "greedy":
+                keys.append(key)
+                continue
+            key, own = mx.random.split(key)
+            keys.append(own)
+        return keys, key
 
     def reset(self) -> None:
         """Begin a new conversation: at once, since what the rings still hold is not looked at before it is overwritten."""
+        self._root = mx.random.key(np.random.SeedSequence().entropy % 2**63 if self._seed is None else self._seed)
         self.sampling = self._sampling
-        self._key = mx.random.key(np.random.SeedSequence().entropy % 2**63 if self._seed is None else self._seed)
         self._frame = 0
         self._position = 0
         self._text = self._begin_text
         # As long as the longest delay: what is older is not looked at.
         self._history = np.full((max(self._delays) + 2, len(self._delays)), _UNSAID, np.int32)
+
+    def warm_up(self) -> None:
+        """Look back over each kind of length: a GPU's kernels for them are made when they are first asked for."""
+        ring, count = self._rings[0], 1
+        queries = mx.zeros((*ring.keys.shape[:2], 1, ring.keys.shape[3]), self._dtype)
+        while count < 2 * self.context:
+            mx.eval(ring.attend(queries, queries, queries, 0, min(count, self.context)))
+            count *= 2
 
     def step(self, heard: Codes) -> Tokens:
         """Answer one frame's codes, shape (heard_codebooks,). The one read from the device is in here."""
@@ -96,7 +127,9 @@ class Generator:
     def submit(self, heard: Codes) -> mx.array:
         """Give the device a frame's work; returns the tokens to come, shape (1 + codebooks,), text first."""
         if self._position == REBASE + self.context:
-            self._rebase()
+            for ring in self._rings:
+                ring.rebase()
+            self._position -= REBASE
         self._row(self._frame)[self._spoken :] = heard
         position = mx.array(self._position)
         x = self._embed(self._inputs())
@@ -110,9 +143,16 @@ class Generator:
                     mx.async_eval(x, queries)
         _, hidden, logits = self._layers.last(x, attended)
         mx.async_eval(logits)
-        drawn, self._key = self._depformer(hidden, logits, self._key, self._sampling, self._numbers)
-        mx.async_eval(drawn, self._key)
+        drawn = self._depformer(hidden, logits, self._keys, self._sampling, self._numbers)
+        mx.async_eval(drawn)
+        # The next frame's, while the device is at this one's.
+        self._next_keys()
         return drawn
+
+    def _next_keys(self) -> None:
+        self._root = self._key
+        self._keys, self._key = self._split(self._key)
+        mx.async_eval(self._keys, self._key)
 
     def _inputs(self) -> mx.array:
         """The frame's tokens: text first, each codebook as many frames back as it is delayed, and one more."""
@@ -139,17 +179,6 @@ class Generator:
         self._position += 1
         return Tokens(self._text, spoken)
 
-    def _rebase(self) -> None:
-        """Turn all keys back by REBASE positions, and count on from there."""
-        for ring in self._rings:
-            ring.turn(-REBASE)
-        shift = REBASE % self.context
-        if shift:
-            # A position's slot is its remainder: the slots move with the positions.
-            for ring in self._rings:
-                ring.roll(-shift)
-        self._position -= REBASE
-
 
 class _Ring:
     """One layer's keys and values."""
@@ -171,33 +200,20 @@ class _Ring:
             seen, told = seen[:, :, :count], told[:, :, :count]
         return mx.fast.scaled_dot_product_attention(queries, seen, told, scale=self._scale)
 
-    def turn(self, positions: int) -> None:
-        if self._rope is None:
-            return
-        _, heads, slots, dim = self.keys.shape
-        turned = _turn(self._rope, self.keys.reshape(1, heads * slots, 1, dim), mx.array(positions))
-        self.keys = turned.reshape(1, heads, slots, dim)
-        mx.eval(self.keys)
-
-    def roll(self, slots: int) -> None:
-        self.keys, self.values = mx.roll(self.keys, slots, axis=2), mx.roll(self.values, slots, axis=2)
+    def rebase(self) -> None:
+        """As if each key stood REBASE positions earlier, in the slot of that position."""
+        slots = REBASE % self.keys.shape[2]
+        self.keys = mx.roll(turn_back(self._rope, self.keys, REBASE), -slots, axis=2)
+        self.values = mx.roll(self.values, -slots, axis=2)
         mx.eval(self.keys, self.values)
-
-
-def _turn(rope: Any, x: mx.array, position: mx.array) -> mx.array:
-    """Rotary embedding of one position, given as an array, so that compiled code need not know it."""
-    return mx.fast.rope(
-        x, rope.dims, traditional=rope.traditional, base=rope.base, scale=rope.scale, offset=position
-    )
 
 
 class _Embeddings:
     """All embedding tables of the temporal transformer's input, joined."""
 
-    def __init__(self, model: Lm) -> None:
+    def __init__(self, model: Lm, dtype: Any) -> None:
         tables = [model.text_emb, *model.audio_embs]
-        self._table = _Rows(tables)
-        self.dtype = self._table.dtype
+        self._table = _Rows(tables, dtype)
         self.offsets = np.cumsum([0, *(len(table.weight) for table in tables[:-1])]).astype(np.int32)
         model.text_emb, model.audio_embs = None, []
         self._sum = mx.compile(self._add)
@@ -207,28 +223,65 @@ class _Embeddings:
         return self._sum(tokens)
 
     def _add(self, tokens: mx.array) -> mx.array:
-        rows = self._table(tokens)
-        x = rows[0:1]
-        for index in range(1, rows.shape[0]):
-            x = x + rows[index : index + 1]
+        rows = self._table.rows(tokens)
+        x, *others = mx.split(rows, rows.shape[0])
+        for other in others:
+            x = x + other
         return x[None]
 
 
 class _Rows:
-    """Rows of some embeddings, quantized or not, numbered through."""
+    """Rows of some embeddings, quantized or not, numbered through.
 
-    def __init__(self, tables: list[Any]) -> None:
+    A quantized row's weights, scales and biases stand side by side, as bits: so that one gather fetches all three.
+    """
+
+    def __init__(self, tables: list[Any], dtype: Any) -> None:
         first = tables[0]
         self._quantized = hasattr(first, "scales")
-        names = ("weight", "scales", "biases") if self._quantized else ("weight",)
-        self._parts = [mx.concatenate([getattr(table, name) for table in tables]) for name in names]
-        mx.eval(self._parts)
         self._packing = {"group_size": first.group_size, "bits": first.bits} if self._quantized else {}
-        self.dtype = self._parts[-1].dtype
+        self._dtype = dtype
+        self._widen = getattr(first, "low_rank", None)
+        self._words = first.weight.shape[1]
+        self._packed_type = first.scales.dtype if self._quantized else None
+        parts = [_side_by_side(table) if self._quantized else table.weight for table in tables]
+        self._table = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        mx.eval(self._table)
 
-    def __call__(self, tokens: mx.array) -> mx.array:
-        parts = [part[tokens] for part in self._parts]
-        return mx.dequantize(*parts, **self._packing) if self._quantized else parts[0]
+    def row(self, token: mx.array) -> mx.array:
+        """One token's row, shape (1, dim). The token's shape is (): on a GPU that is much faster than a list of one."""
+        return self._unpacked(self._table[token][None])
+
+    def rows(self, tokens: mx.array) -> mx.array:
+        """The rows of tokens, shape (n,): shape (n, dim)."""
+        # Not self._table[tokens]: on an NVIDIA GPU that takes 0.2 ms, a thread a row.
+        indices = mx.broadcast_to(tokens[:, None], (tokens.shape[0], self._table.shape[1]))
+        return self._unpacked(mx.take_along_axis(self._table, indices, axis=0))
+
+    def _unpacked(self, rows: mx.array) -> mx.array:
+        if not self._quantized:
+            rows = rows.astype(self._dtype)
+            return rows if self._widen is None else self._widen(rows)
+        packed = rows[:, self._words :].view(self._packed_type).astype(self._dtype)
+        scales, biases = mx.split(packed, 2, axis=1)
+        return mx.dequantize(rows[:, : self._words], scales, biases, **self._packing)
+
+
+def _side_by_side(table: Any) -> mx.array:
+    packed = mx.concatenate((table.scales, table.biases), axis=1)
+    return mx.concatenate((table.weight, packed.view(table.weight.dtype)), axis=1)
+
+
+def _stacked(layers: list[Any]) -> Callable[[mx.array], mx.array]:
+    """Linear layers of one input as one: their outputs side by side."""
+    first = layers[0]
+    names = ("weight", "scales", "biases") if hasattr(first, "scales") else ("weight",)
+    parts = [mx.concatenate([getattr(layer, name) for layer in layers]) for name in names]
+    mx.eval(parts)
+    if len(parts) == 1:
+        return lambda x: x @ parts[0].T
+    packing = {"group_size": first.group_size, "bits": first.bits}
+    return lambda x: mx.quantized_matmul(x, *parts, transpose=True, **packing)
 
 
 class _Layers:
@@ -262,64 +315,78 @@ def _last(layer: Any, model: Lm) -> Callable[..., Any]:
 
 def _project(layer: Any, x: mx.array, position: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, keys and values of one position, each of shape (1, heads, 1, head_dim)."""
-    attention = layer.self_attn
-    heads = attention.cfg.num_heads
-    # With one position, (3, heads) in a row is the same as heads apart: one rotation serves queries and keys.
-    made = attention.in_proj(layer.norm1(x)).reshape(1, 3 * heads, 1, -1)
-    turned, values = made[:, : 2 * heads], made[:, 2 * heads :]
-    if attention.rope is not None:
-        turned = _turn(attention.rope, turned, position)
-    return turned[:, :heads], turned[:, heads:], values
+    heads = layer.self_attn.cfg.num_heads
+    made = _heads(layer, x)
+    queries_keys, values = mx.split(made, [2 * heads], axis=1)
+    queries, keys = mx.split(turn(layer.self_attn.rope, queries_keys, position), 2, axis=1)
+    return queries, keys, values
+
+
+def _heads(layer: Any, x: mx.array) -> mx.array:
+    """Queries, keys and values, not yet turned: shape (1, 3 * heads, 1, head_dim), which one position's are as made."""
+    return layer.self_attn.in_proj(layer.norm1(x)).reshape(1, 3 * layer.self_attn.cfg.num_heads, 1, -1)
 
 
 def _feed(layer: Any, x: mx.array, attended: mx.array) -> mx.array:
     """The rest of a layer once attention is done."""
     x = x + layer.self_attn.out_proj(attended.reshape(1, 1, -1))
-    return x + layer.gating(layer.norm2(x))
+    # moshi_mlx's gating, with one operation for the two halves where it has five.
+    gate, value = mx.split(layer.gating.linear_in(layer.norm2(x)), 2, axis=-1)
+    return x + layer.gating.linear_out(nn.silu(gate) * value)
 
 
 class _Depformer:
     """From the temporal transformer's output to the frame's tokens: one compiled function for each kind of draw."""
 
-    def __init__(self, model: Lm) -> None:
+    def __init__(self, model: Lm, dtype: Any) -> None:
         self._slices: list[Any] = model.depformer.slices
+        self._tables = [_Rows([part.emb], dtype) for part in self._slices]
+        self._enter = _stacked([part.linear_in for part in self._slices])
+        for part in self._slices:
+            part.emb = part.linear_in = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
-        self, hidden: mx.array, logits: mx.array, key: mx.array, sampling: Sampling, numbers: list[mx.array]
-    ) -> tuple[mx.array, mx.array]:
-        """Tokens, shape (1 + slices,), text first, and the key for the next frame."""
+        self, hidden: mx.array, logits: mx.array, keys: Keys, sampling: Sampling, numbers: list[mx.array]
+    ) -> mx.array:
+        """Tokens, shape (1 + slices,), text first. `keys` has one for each."""
         kinds = sampling.text.kind, sampling.audio.kind
         if kinds not in self._compiled:
             # One is enough: whoever changes top-k all the time is not to fill the memory.
             self._compiled = {kinds: mx.compile(lambda *inputs: self._tokens(*kinds, *inputs))}
-        drawn, key = self._compiled[kinds](hidden, logits, key, *numbers)
-        return drawn, key
+        tokens: mx.array = self._compiled[kinds](hidden, logits, keys, *numbers)
+        return tokens
 
     def _tokens(
-        self, text: tuple[str, int], audio: tuple[str, int], hidden: mx.array, logits: mx.array, key: mx.array,
-        *numbers: mx.array,
-    ) -> tuple[mx.array, mx.array]:  # fmt: skip
-        token, key = draw(logits, text, list(numbers[:2]), key)
-        tokens = [token.reshape(1)]
-        caches: list[mx.array | None] = [None] * len(self._slices[0].transformer.layers) if self._slices else []
+        self, text: Kind, audio: Kind, hidden: mx.array, logits: mx.array, keys: Keys, *numbers: mx.array
+    ) -> mx.array:
+        entered = mx.split(self._enter(hidden), len(self._slices), axis=-1)
+        token = draw(logits.reshape(-1), text, numbers[:2], keys[0])
+        tokens = [token]
+        caches: list[mx.array | None] = [None] * len(self._slices[0].transformer.layers)
         for index, part in enumerate(self._slices):
-            x = part.linear_in(hidden) + part.emb(token.reshape(1, 1))
+            x = entered[index] + self._tables[index].row(token)
             for depth, layer in enumerate(part.transformer.layers):
                 x, caches[depth] = self._layer(layer, x, caches[depth], index)
-            token, key = draw(part.linear_out(x), audio, list(numbers[2:]), key)
-            tokens.append(token.reshape(1))
-        return mx.concatenate(tokens), key
+            token = draw(part.linear_out(x).reshape(-1), audio, numbers[2:], keys[index + 1])
+            tokens.append(token)
+        return mx.stack(tokens)
 
     def _layer(self, layer: Any, x: mx.array, cache: mx.array | None, index: int) -> tuple[mx.array, mx.array]:
         """One layer at codebook `index`; the cache, shape (2, heads, slices, head_dim), is keys, then values."""
         attention = layer.self_attn
         heads = attention.cfg.num_heads
-        queries, keys, values = _project(layer, x, mx.array(index))
-        made = mx.concatenate((keys, values))
+        made = _heads(layer, x)
+        if attention.rope is not None:
+            turned = turn(attention.rope, made[:, : 2 * heads], mx.array(index))
+            made = mx.concatenate((turned, made[:, 2 * heads :]), axis=1)
+        queries, told = mx.split(made, [heads], axis=1)
+        told = told.reshape(2, heads, 1, -1)
         if cache is None:
-            cache = mx.zeros((2, heads, len(self._slices), made.shape[-1]), made.dtype)
-        cache[:, :, index : index + 1] = made
-        seen = cache[:, :, max(0, index - attention.cfg.context) : index + 1]
-        attended = mx.fast.scaled_dot_product_attention(queries, seen[:1], seen[1:], scale=attention.scale)
+            cache = mx.zeros((2, heads, len(self._slices), told.shape[-1]), told.dtype)
+        cache[:, :, index : index + 1] = told
+        if index == 0:
+            return _feed(layer, x, told[1:]), cache  # who looks at one thing only sees that
+        keys, values = mx.split(cache[:, :, max(0, index - attention.cfg.context) : index + 1], 2)
+        attended = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attention.scale)
         return _feed(layer, x, attended), cache

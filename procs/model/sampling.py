@@ -5,10 +5,14 @@ each other, and a draw may be part of a compiled function. Numbers that users ch
 the temperature, are inputs of that function; only another kind of cut, or another top-k, compiles it anew.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+
+Kind = tuple[str, int]
+"""What decides the shape of a draw's computation: the name of a cut, and top-k's k."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Choice:
     """Tokens with at least this share of the likeliest one's probability may be drawn."""
 
     @property
-    def kind(self) -> tuple[str, int]:
+    def kind(self) -> Kind:
         """What decides the shape of the computation."""
         if self.temperature == 0:
             return "greedy", 0
@@ -50,14 +54,12 @@ class Sampling:
     audio: Choice = field(default_factory=lambda: Choice(0.8, top_k=250))
 
 
-def draw(logits: mx.array, kind: tuple[str, int], numbers: list[mx.array], key: mx.array) -> tuple[mx.array, mx.array]:
-    """One token, int32, for each row of logits, shape (..., tokens); and the key for the next draw."""
+def draw(logits: mx.array, kind: Kind, numbers: Sequence[mx.array], key: mx.array) -> mx.array:
+    """One token, int32, for each row of logits, shape (..., tokens)."""
     name, top_k = kind
     if name == "greedy":
-        return mx.argmax(logits, axis=-1).astype(mx.int32), key
-    keys = mx.random.split(key)
-    token = _CUTS[name](logits, numbers[0], numbers[1], top_k, keys[1])
-    return token.astype(mx.int32), keys[0]
+        return mx.argmax(logits, axis=-1).astype(mx.int32)
+    return _CUTS[name](logits, numbers[0], numbers[1], top_k, key).astype(mx.int32)
 
 
 def _all(logits: mx.array, inverse: mx.array, cut: mx.array, top_k: int, key: mx.array) -> mx.array:

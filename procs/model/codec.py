@@ -1,0 +1,171 @@
+"""Sound to codes and back, beside the model's step: what is begun here is waited for later, in any thread."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import rustymimi
+
+from pipeline.checkpoints import FULL_MIMI, Checkpoint
+from pipeline.timing import NS_PER_MS, now_ns
+from pipeline.topology import FRAME
+from procs.engines import Samples
+from procs.model import mimi
+from procs.model.loading import loading
+
+Codes = npt.NDArray[np.uint32]
+CodecName = Literal["mlx", "rust"]
+
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Pending(Protocol[Result_co]):
+    """Something that is being computed."""
+
+    def result(self) -> tuple[Result_co, float]:
+        """Wait for it, in any thread; returns it and the ms that it took."""
+
+
+class Codec(Protocol):
+    """Both directions of Mimi. Each frame is begun in the thread that made the codec, one after the other."""
+
+    name: CodecName
+
+    def hear(self, frame: Samples) -> Pending[Codes]:
+        """Begin to turn a frame, shape (FRAME,), into codes, shape (codebooks,)."""
+
+    def say(self, codes: Codes) -> Pending[Samples]:
+        """Begin to turn codes, shape (codebooks,), into a frame, shape (FRAME,)."""
+
+    def reset(self) -> None:
+        """Forget what was heard and said."""
+
+
+def load(checkpoint: Checkpoint, name: CodecName | None) -> Codec:
+    """The codec of `checkpoint`; by default the one that is faster where MLX computes. Raises CheckpointError."""
+    config = checkpoint.config
+    codebooks = max(config["dep_q"], config["n_q"] - config["dep_q"])
+    with loading(checkpoint.mimi_file):
+        if choose(checkpoint, name) == "rust":
+            return RustMimi(checkpoint.mimi_file, codebooks)
+        return MlxMimi(mimi.load(checkpoint.mimi_file, checkpoint.mimi_shape, codebooks))
+
+
+def choose(checkpoint: Checkpoint, name: CodecName | None) -> CodecName:
+    """The codec asked for, where it can do the checkpoint's dimensions: rustymimi has the official ones built in."""
+    if checkpoint.mimi_shape != FULL_MIMI:
+        return "mlx"
+    # Measured, docs/model.md: on a CPU rustymimi is several times as fast, on an NVIDIA GPU MLX is. On Apple's GPUs
+    # nobody has measured for us yet; the GPU has the model to do there, and the CPU has nothing else.
+    return name or ("mlx" if mx.default_device() == mx.gpu and not mx.metal.is_available() else "rust")
+
+
+class _Computed(Generic[Result]):
+    """What MLX was told to compute."""
+
+    def __init__(self, array: mx.array, begun_ns: int, read: Callable[[mx.array], Result]) -> None:
+        self._array, self._begun_ns, self._read = array, begun_ns, read
+
+    def result(self) -> tuple[Result, float]:
+        mx.eval(self._array)  # only waits: the work was begun before
+        return self._read(self._array), (now_ns() - self._begun_ns) / NS_PER_MS
+
+
+class MlxMimi:
+    """Mimi of any dimensions, on MLX's device."""
+
+    name: CodecName = "mlx"
+
+    def __init__(self, module: Any) -> None:
+        """`module` is moshi_mlx's Mimi, loaded."""
+        self._ears, self._mouth = mimi.Stream(mimi.encoder(module)), mimi.Stream(mimi.decoder(module))
+
+    def hear(self, frame: Samples) -> Pending[Codes]:
+        begun_ns = now_ns()
+        made = self._ears.step(mx.array(frame).reshape(1, FRAME, 1))
+        return _Computed(made, begun_ns, lambda codes: np.array(codes, np.uint32))
+
+    def say(self, codes: Codes) -> Pending[Samples]:
+        begun_ns = now_ns()
+        made = self._mouth.step(mx.array(codes.astype(np.int32)))
+        return _Computed(made, begun_ns, lambda sound: np.array(sound, np.float32).reshape(FRAME))
+
+    def reset(self) -> None:
+        self._ears.reset()
+        self._mouth.reset()
+
+
+LIFE: Final = 3_000
+"""Frames after which a rustymimi tokenizer is replaced: it fails after 4,096, and grows by 125 KiB with each."""
+
+OVERLAP: Final = 400
+"""Frames that the next one hears before it takes over. Started in mid-stream it differs at first; after 190 frames no
+code did any more (attention reaches 125 frames back in each layer, but what is far has next to no weight)."""
+
+_LOAD: Final = 20
+"""Frames before that in which it is loaded, 0.3 s, in a thread of its own."""
+
+
+class _Relay:
+    """One direction of rustymimi in a thread of its own, without an end: one tokenizer takes over from another."""
+
+    def __init__(self, make: Callable[[], Any], step: Callable[[Any, Any], Any]) -> None:
+        self._make, self._step = make, step
+        self._thread = ThreadPoolExecutor(1)
+        self._loader = ThreadPoolExecutor(1)
+        self._present = make()
+        self._next: Future[Any] | None = None
+        self._frames = 0
+
+    def begin(self, given: Any) -> "Future[tuple[Any, float]]":
+        return self._thread.submit(self._work, given)
+
+    def reset(self) -> None:
+        self._thread.submit(self._forget)
+
+    def _forget(self) -> None:
+        # What the last frame left in the resamplers stays: of the next frame's codes a few are others, nothing else.
+        self._present.reset()
+        if self._next is not None:
+            self._next.result().reset()
+
+    def _work(self, given: Any) -> tuple[Any, float]:
+        start = time.perf_counter_ns()
+        made = self._step(self._present, given)
+        self._frames += 1
+        if self._frames == LIFE - OVERLAP - _LOAD:
+            self._next = self._loader.submit(self._make)
+        elif self._frames > LIFE - OVERLAP and self._next is not None:
+            self._step(self._next.result(), given)
+            if self._frames == LIFE:
+                self._present, self._next, self._frames = self._next.result(), None, OVERLAP
+        return made, (time.perf_counter_ns() - start) / NS_PER_MS
+
+
+class RustMimi:
+    """Mimi of the official dimensions, on the CPU, a thread a direction."""
+
+    name: CodecName = "rust"
+
+    def __init__(self, path: Path, codebooks: int) -> None:
+        def make() -> Any:
+            return rustymimi.Tokenizer(str(path), num_codebooks=codebooks)
+
+        self._ears = _Relay(make, lambda tokenizer, frame: tokenizer.encode_step(frame[None, None])[0, :, 0])
+        self._mouth = _Relay(make, lambda tokenizer, codes: tokenizer.decode_step(codes[None, :, None])[0, 0])
+
+    def hear(self, frame: Samples) -> Pending[Codes]:
+        return self._ears.begin(np.array(frame, np.float32))  # a copy: the caller's next frame is soon in its place
+
+    def say(self, codes: Codes) -> Pending[Samples]:
+        return self._mouth.begin(np.array(codes, np.uint32))
+
+    def reset(self) -> None:
+        self._ears.reset()
+        self._mouth.reset()
