@@ -195,7 +195,7 @@ class Inference:
         return False
 
     def _shed(self) -> None:
-        """Drop the oldest of a backlog over the limit, in whole frames; nothing where the input waits for the output."""
+        """Drop the oldest of a backlog over the limit, in whole frames; offline the input waits instead."""
         reader, bounds = self._reader, self._context.config.inference
         # After an overwrite the reader may stand within a frame: go on at the start of one.
         self._drop(-reader.position % FRAME)

@@ -12,6 +12,7 @@ LmGen gives (tests/test_generator.py), with one read from the device a frame whe
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
@@ -31,6 +32,7 @@ _SUBMIT_LAYERS: Final = 4
 _UNSAID: Final = -1
 """Stands in the history where nothing was said or heard yet."""
 
+_silu: Any = nn.silu  # type: ignore[attr-defined, unused-ignore]
 
 Keys = list[mx.array]
 """Keys of random numbers, each of shape (2,)."""
@@ -54,6 +56,7 @@ class Generator:
         the weights' own type.
         """
         config = model.cfg
+        parts: Any = model  # moshi_mlx's types do not allow for what is taken away
         self.context: int = config.transformer.context
         """Positions that attention sees, the present one included."""
         self.heard_codebooks: int = config.other_codebooks
@@ -65,10 +68,10 @@ class Generator:
         self._seed = seed
         self._sampling = sampling
         self._dtype = dtype or model.out_norm.weight.dtype
-        self._embed = _Embeddings(model, self._dtype)
-        self._layers = _Layers(model)
-        self._depformer = _Depformer(model, self._dtype)
-        self._rings = [_Ring(model, self.context, self._dtype) for _ in model.transformer.layers]
+        self._embed = _Embeddings(parts, self._dtype)
+        self._layers = _Layers(parts)
+        self._depformer = _Depformer(parts, self._dtype)
+        self._rings = [_Ring(parts, self.context, self._dtype) for _ in model.transformer.layers]
         self.reset()
 
     @property
@@ -101,7 +104,7 @@ class Generator:
         return keys, key
 
     def reset(self) -> None:
-        """Begin a new conversation: at once, since what the rings still hold is not looked at before it is overwritten."""
+        """Begin a new conversation, at once: what the rings still hold is not looked at before it is overwritten."""
         self._root = mx.random.key(np.random.SeedSequence().entropy % 2**63 if self._seed is None else self._seed)
         self.sampling = self._sampling
         self._frame = 0
@@ -183,7 +186,7 @@ class Generator:
 class _Ring:
     """One layer's keys and values."""
 
-    def __init__(self, model: Lm, context: int, dtype: Any) -> None:
+    def __init__(self, model: Any, context: int, dtype: Any) -> None:
         config = model.cfg.transformer
         shape = (1, config.num_heads, context, config.head_dim)
         self._rope = model.transformer.layers[0].self_attn.rope
@@ -211,7 +214,7 @@ class _Ring:
 class _Embeddings:
     """All embedding tables of the temporal transformer's input, joined."""
 
-    def __init__(self, model: Lm, dtype: Any) -> None:
+    def __init__(self, model: Any, dtype: Any) -> None:
         tables = [model.text_emb, *model.audio_embs]
         self._table = _Rows(tables, dtype)
         self.offsets = np.cumsum([0, *(len(table.weight) for table in tables[:-1])]).astype(np.int32)
@@ -287,10 +290,10 @@ def _stacked(layers: list[Any]) -> Callable[[mx.array], mx.array]:
 class _Layers:
     """What the temporal transformer does between its attentions, compiled."""
 
-    def __init__(self, model: Lm) -> None:
+    def __init__(self, model: Any) -> None:
         layers = model.transformer.layers
         self.first: Callable[..., Any] = mx.compile(lambda x, position: _project(layers[0], x, position))
-        self.between = [mx.compile(_between(one, other)) for one, other in zip(layers, layers[1:], strict=False)]
+        self.between = [mx.compile(_between(one, other)) for one, other in pairwise(layers)]
         self.last: Callable[..., Any] = mx.compile(_last(layers[-1], model))
 
 
@@ -302,7 +305,7 @@ def _between(one: Any, other: Any) -> Callable[..., Any]:
     return between
 
 
-def _last(layer: Any, model: Lm) -> Callable[..., Any]:
+def _last(layer: Any, model: Any) -> Callable[..., Any]:
     def last(x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         # mlx 0.26 lets a fused bfloat16 sum whose only use is a cast to float32 overrun its buffer on a CPU: so the sum
         # is handed out too, though nobody wants it.
@@ -332,13 +335,13 @@ def _feed(layer: Any, x: mx.array, attended: mx.array) -> mx.array:
     x = x + layer.self_attn.out_proj(attended.reshape(1, 1, -1))
     # moshi_mlx's gating, with one operation for the two halves where it has five.
     gate, value = mx.split(layer.gating.linear_in(layer.norm2(x)), 2, axis=-1)
-    return x + layer.gating.linear_out(nn.silu(gate) * value)
+    return x + layer.gating.linear_out(_silu(gate) * value)
 
 
 class _Depformer:
     """From the temporal transformer's output to the frame's tokens: one compiled function for each kind of draw."""
 
-    def __init__(self, model: Lm, dtype: Any) -> None:
+    def __init__(self, model: Any, dtype: Any) -> None:
         self._slices: list[Any] = model.depformer.slices
         self._tables = [_Rows([part.emb], dtype) for part in self._slices]
         self._enter = _stacked([part.linear_in for part in self._slices])
