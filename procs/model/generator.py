@@ -11,6 +11,7 @@ LmGen gives (tests/test_generator.py), with one read from the device a frame whe
 - The first layers are on the device while the graph of the others is still being made.
 """
 
+import secrets
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -26,7 +27,7 @@ from procs.model.sampling import Kind, Sampling, draw
 
 Codes = npt.NDArray[np.integer[Any]]
 
-_SUBMIT_LAYERS: Final = 4
+_SUBMIT_LAYERS: Final = 2
 """Layers after which the device is given what there is of the graph."""
 
 _UNSAID: Final = -1
@@ -105,7 +106,7 @@ class Generator:
 
     def reset(self) -> None:
         """Begin a new conversation, at once: what the rings still hold is not looked at before it is overwritten."""
-        self._root = mx.random.key(np.random.SeedSequence().entropy % 2**63 if self._seed is None else self._seed)
+        self._root = mx.random.key(secrets.randbits(63) if self._seed is None else self._seed)
         self.sampling = self._sampling
         self._frame = 0
         self._position = 0

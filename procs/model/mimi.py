@@ -19,6 +19,8 @@ from procs.model.rotation import REBASE, turn, turn_back
 
 State = list[mx.array]
 
+_gelu: Any = nn.gelu  # type: ignore[attr-defined, unused-ignore]
+
 
 def load(path: Path, shape: MimiShape, codebooks: int) -> Mimi:
     """moshi_mlx's Mimi with the weights of `path`, and its first so many codebooks.
@@ -219,7 +221,7 @@ class Layer(Part):
             queries, keys, values, scale=attention.scale, mask=_visible(count, position)
         )
         x = x + layer.layer_scale_1(attention.out_proj(seen.swapaxes(1, 2).reshape(1, count, dim)))
-        fed = layer.gating.linear2(nn.gelu(layer.gating.linear1(layer.norm2(x))))
+        fed = layer.gating.linear2(_gelu(layer.gating.linear1(layer.norm2(x))))
         return x + layer.layer_scale_2(fed), [keys, values]
 
     def rebased(self, state: State) -> State:
@@ -235,8 +237,8 @@ def _visible(count: int, position: mx.array) -> mx.array:
 
 def encoder(mimi: Mimi) -> Part:
     """From a frame, shape (1, FRAME, 1), to its codes, shape (codebooks,)."""
-    seanet, parts = mimi.encoder, []
-    parts.append(Conv(seanet.init_conv1d))
+    seanet = mimi.encoder
+    parts: list[Part] = [Conv(seanet.init_conv1d)]
     for layer in seanet.layers:
         parts += [_residual(block) for block in layer.residuals] + [_ELU, Conv(layer.downsample)]
     parts += [_ELU, Conv(seanet.final_conv1d)]
@@ -247,8 +249,8 @@ def encoder(mimi: Mimi) -> Part:
 
 def decoder(mimi: Mimi) -> Part:
     """From codes, shape (codebooks,), to a frame, shape (1, FRAME, 1)."""
-    seanet, parts = mimi.decoder, []
-    parts += [Plain(lambda codes: _sum(mimi.quantizer, codes)), Transposed(mimi.upsample.convtr)]
+    seanet = mimi.decoder
+    parts: list[Part] = [Plain(lambda codes: _sum(mimi.quantizer, codes)), Transposed(mimi.upsample.convtr)]
     parts += [Layer(layer) for layer in mimi.decoder_transformer.transformer.layers]
     parts.append(Conv(seanet.init_conv1d))
     for layer in seanet.layers:
@@ -257,7 +259,7 @@ def decoder(mimi: Mimi) -> Part:
     return Chain(*parts)
 
 
-_ELU: Final = Plain(nn.elu)
+_ELU: Final = Plain(nn.elu)  # type: ignore[attr-defined, unused-ignore]
 
 
 def _residual(block: Any) -> Part:
