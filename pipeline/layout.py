@@ -145,15 +145,13 @@ class ModelConfig(msgspec.Struct, frozen=True):
 FOREIGN: Final = (
     "layer_scale",
     "depformer_layer_scale",
-    "depformer_low_rank_embeddings",
     "demux_second_stream",
     "cross_attention",
     "conditioners",
     "extra_heads_num_heads",
 )
 """Features of other models of the family (speech to text, text to speech, translation): each adds tensors or input
-that a conversation has not. Low-rank embeddings would do no harm there; their tensors are known here (model_table), but
-procs/model/generator.py does not apply their projection."""
+that a conversation has not."""
 
 # What upstream's MLX code computes whatever config.json says; another value would be computed wrong without a word.
 COMPUTED: Final[Mapping[str, tuple[object, ...]]] = {

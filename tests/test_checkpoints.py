@@ -277,7 +277,6 @@ class TestConfig:
             ({"cross_attention": True}, "it sets cross_attention"),
             ({"extra_heads_num_heads": 4}, "it sets extra_heads_num_heads"),
             ({"layer_scale": 0.01}, "it sets layer_scale"),
-            ({"depformer_low_rank_embeddings": 64}, "it sets depformer_low_rank_embeddings"),
             ({"n_q": 8, "dep_q": 8, "delays": [0] * 9}, "expected dep_q < n_q"),
             ({"delays": [2] + [0] * 16}, "delays begins with 2, expected 0: the text is not delayed"),
             ({"causal": False}, "causal is False, expected True"),
