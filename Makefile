@@ -2,26 +2,33 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The first of these that is 3.11 or 3.12: moshi_mlx 0.3.0 cannot be installed on another.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Its name and version, without the condition under which a plain install takes it.
+MOSHI_MLX := $(shell sed -n 's/^\(moshi_mlx==[^;]*\);.*/\1/p' requirements/moshi_mlx.txt)
+# The first of these that is 3.11, 3.12 or 3.13: rustymimi 0.4.1 has no wheel for another.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 ARGS ?=
 
 .PHONY: install demo up test lint system clean
 
 install: $(BIN)/pipeline
 
-$(BIN)/pipeline: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed, and not found: install it, or name it: make PYTHON=..."; exit 1; }
+$(BIN)/pipeline: pyproject.toml requirements/run.txt requirements/moshi_mlx.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed, and not found: install one, or name it: make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV) (a minute or two, 300 MB)"
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tests/system-packages python3-venv
 	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@# moshi_mlx comes after the rest and without its dependencies: it pins an old mlx (docs/dependencies.md).
+	@$(PIP) uninstall -qq --yes moshi_mlx
+	@$(PIP) install --quiet --upgrade -r requirements/run.txt
+	@$(PIP) install --quiet --no-deps $(MOSHI_MLX)
+	@$(PIP) install --quiet --no-deps -e .
 	@touch $@
 
-$(VENV)/dev: $(BIN)/pipeline
+$(VENV)/dev: $(BIN)/pipeline requirements/dev.txt requirements/bench.txt
 	@echo "Installing what the tests need"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	@$(PIP) install --quiet -r requirements/dev.txt -r requirements/bench.txt
 	@touch $@
 
 demo: install

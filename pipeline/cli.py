@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import __version__, budget, checkpoints, doctor, inventory, messages, offline, report
+from pipeline import __version__, budget, checkpoints, doctor, inventory, messages, offline, packages, report
 from pipeline import config as settings
 from pipeline.client import Client
 from pipeline.errors import ConfigError, ControlError, PipelineError
@@ -95,6 +95,7 @@ def up(
     }
     chosen = settings.load(config, {key: value for key, value in given.items() if value is not None})
     if chosen.engine == "moshi":
+        packages.need_moshi_mlx()
         checkpoints.find(chosen.model, chosen.quality)  # before anything is started
     if detach:
         return _detach(name)
@@ -142,6 +143,7 @@ def run(
     if chosen.sampler.seed is None:
         chosen.sampler.seed = offline.SEED
     if chosen.engine == "moshi":
+        packages.need_moshi_mlx()
         checkpoints.find(chosen.model, chosen.quality)  # before anything is started
     if transcript is not None and any(settings.same_file(transcript, other) for other in (source, target)):
         raise ConfigError(f"transcript {transcript}: expected another file than IN and OUT")
@@ -325,6 +327,7 @@ def bench(quality: str | None, model: str | None, frames: int, as_json: bool) ->
     """How fast the model is on this machine, and whether it answers within 80 ms. Leave the machine alone meanwhile."""
     given = {key: value for key, value in {"quality": quality, "model": model}.items() if value is not None}
     chosen = settings.load(None, given)
+    packages.need_moshi_mlx()
     with err.status("starting", refresh_per_second=2) if err.is_terminal else contextlib.nullcontext() as progress:
         on_progress = (lambda line: progress.update(Text(line))) if progress else (lambda line: None)
         found = budget.bench(chosen.model, chosen.quality, frames, on_progress)

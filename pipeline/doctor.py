@@ -9,25 +9,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import psutil
 from msgspec import Struct
 
-from pipeline import budget, checkpoints, chips, runtime
+from pipeline import budget, checkpoints, chips, packages, runtime
 from pipeline.config import Config
 from pipeline.errors import DeviceError, PipelineError
 from pipeline.headers import read_header
 from pipeline.layout import QUALITIES
 from pipeline.runtime import RunFolder
 from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE
-
-_PACKAGES: Final = (
-    "moshi_mlx", "mlx", "sounddevice", "numpy", "huggingface_hub", "pyzmq", "msgspec", "pymembar", "posix_ipc",
-    "soundfile", "soxr",
-)  # fmt: skip
 
 _GB: Final = 1e9
 _WORKING_GB: Final = 2.5
@@ -75,26 +69,34 @@ def examine(config: Config, name: str) -> list[Finding]:
 
 def _python(config: Config, name: str) -> Finding:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    good = (3, 11) <= sys.version_info[:2] < (3, 13)
+    good = (3, 11) <= sys.version_info[:2] < (3, 14)
     return Finding(
         what="Python",
         state="ok" if good else "wrong",
         found=found,
-        advice="" if good else "Use 3.11 or 3.12: moshi_mlx 0.3.0 cannot be installed on others",
+        advice="" if good else "Use 3.11, 3.12 or 3.13: rustymimi 0.4.1 has no wheel for others",
     )
 
 
 def _packages(config: Config, name: str) -> Finding:
-    versions, missing = [], []
-    for package in _PACKAGES:
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            missing.append(package)
+    versions = packages.versions()
+    missing = [package for package, version in versions.items() if version is None]
+    found = ", ".join(f"{package} {version}" for package, version in versions.items() if version is not None)
     if missing:
-        advice = f"Install with `pip install {' '.join(missing)}`"
+        others = [package for package in missing if package != "moshi_mlx"]
+        commands = [f"`pip install {' '.join(others)}`"] if others else []
+        if "moshi_mlx" in missing:
+            commands.append(f"`{packages.ADD_MOSHI_MLX}`")
+        advice = f"Install with {', then '.join(commands)}"
         return Finding(what="packages", state="wrong", found=f"missing {', '.join(missing)}", advice=advice)
-    return Finding(what="packages", state="ok", found=", ".join(versions))
+    mlx = versions["mlx"]
+    if mlx is not None and packages.is_pinned(mlx):
+        advice = (
+            "An old mlx, as moshi_mlx pins it: on a CPU no faster, and compiled bfloat16 can crash there; "
+            f"`make install` or `{packages.UPGRADE_MLX}` brings the newest"
+        )
+        return Finding(what="packages", state="note", found=found, advice=advice)
+    return Finding(what="packages", state="ok", found=found)
 
 
 def _mlx(config: Config, name: str) -> Finding:
