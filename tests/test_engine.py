@@ -105,9 +105,7 @@ class TestEachQuality:
     def test_times_are_measured(self, engines: dict[str, Moshi], quality: str) -> None:
         steps = answers(engines[quality], speech(3))
         assert all(min(step.encode_ms, step.step_ms, step.decode_ms) > 0 for step in steps[1:])
-        of_loading = engines[quality].loaded
-        assert min(of_loading) > 0
-        assert of_loading.first_frame_ms < of_loading.warm_up_ms
+        assert min(engines[quality].loaded) > 0
 
     def test_a_new_conversation_is_like_the_one_before(self, engines: dict[str, Moshi], quality: str) -> None:
         engine = engines[quality]

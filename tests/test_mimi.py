@@ -1,5 +1,6 @@
 """Mimi on MLX: code for code what rustymimi and the whole signal at once give, for as long as one likes."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -221,6 +222,7 @@ class TestState:
             mx.eval(arrays(ours))
             if number in (0, 99, 399):
                 shapes.append([(array.shape, array.dtype) for array in arrays(ours)])
+                gc.collect()
                 held.append(mx.get_active_memory())
         assert shapes[0] == shapes[1] == shapes[2]
         assert len(shapes[0]) > 30
