@@ -51,16 +51,19 @@ class Answers:
     are left to the stage's own thread, which finds what was written in `written`.
     """
 
-    def __init__(self, ring: Ring, bell: Bell, threaded: bool) -> None:
+    def __init__(self, ring: Ring, bell: Bell) -> None:
         """`bell` is rung for each answer that the thread has written."""
         self.written: deque[Written] = deque()
         self._writer = RingWriter(ring)
         self._bell = bell
         self._unsaid: queue.Queue[tuple[Question, Answer] | None] = queue.Queue(UNSAID)
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True) if threaded else None
-        if self._thread is not None:
-            self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def start_thread(self) -> None:
+        """From now on write in a thread."""
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
+        self._thread.start()
 
     def put(self, question: Question, answer: Answer) -> None:
         """Hand over an answer; waits while UNSAID earlier ones are not written."""
@@ -68,18 +71,18 @@ class Answers:
             self._write(question, answer)
         else:
             self._unsaid.put((question, answer))
-            self._raise()
+            self.check()
 
     def end(self) -> None:
         """Wait until all is written, and end the stream."""
         if self._thread is not None:
             self._unsaid.put(None)
             self._thread.join()
-        self._raise()
+        self.check()
         self._writer.end()
 
-    def _raise(self) -> None:
-        """What went wrong in the thread goes wrong for the stage."""
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
         if self._failure is not None:
             raise self._failure
 
@@ -120,14 +123,14 @@ class Inference:
         self._pass_over_answered()
         # Frames are counted when they are answered, in order; the reader is that much ahead.
         self._reader = RingReader(self._capture, self._counts.position)
-        self._answers = Answers(self._playback, self._bell, threaded=False)
+        self._answers = Answers(self._playback, self._bell)
         self._warm = apple.KeepWarm(now_ns())
 
     def _pass_over_answered(self) -> None:
         """A predecessor that was killed between its answers and its count: no frame is answered twice."""
         last = self._playback.mark(self._playback.mark_count - 1)
-        if last is None:
-            return
+        if last is None or last.position + FRAME > self._playback.position:
+            return  # announced, and not written
         answered = (last.frame + 1) * FRAME - self._counts.position
         if 0 < answered <= self._counts.available:
             self._count_answered(answered)
@@ -140,7 +143,8 @@ class Inference:
         apple.raise_thread()
         config = self._context.config
         detail = "echo" if config.engine == "echo" else self._open_moshi(config)
-        self._answers = Answers(self._playback, self._bell, threaded=self._engine.overlaps)
+        if self._engine.overlaps:
+            self._answers.start_thread()
         return detail
 
     def _open_moshi(self, config: Config) -> str:
@@ -179,6 +183,7 @@ class Inference:
     def work(self) -> bool:
         self._bell.clear()
         self._settle()
+        self._answers.check()
         self._shed()
         self._listen()
         if self._asked:

@@ -46,7 +46,7 @@ def upstreams_model(checkpoint: Checkpoint) -> Lm:
     """moshi_mlx's own, computing in the type that ours does."""
     model = Lm(LmConfig.from_config_dict(checkpoint.config))
     model.set_dtype(mx.bfloat16)
-    if checkpoint.bits is not None:
+    if checkpoint.bits is not None and checkpoint.group is not None:
         quantize(model, bits=checkpoint.bits, group_size=checkpoint.group)
     model.load_weights(str(checkpoint.model_file), strict=True)
     model.set_dtype(compute_type(checkpoint))
@@ -77,8 +77,9 @@ def told(step: Callable[[Codes], Tokens], codes: Codes) -> list[Tokens]:
 def same(ours: list[Tokens], theirs: list[Tokens]) -> int:
     """Frames until the first that differs."""
     for frame, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        silent = one.spoken is None, other.spoken is None
-        if one.text != other.text or silent[0] != silent[1] or not np.array_equal(one.spoken, other.spoken):
+        if one.text != other.text or (one.spoken is None) != (other.spoken is None):
+            return frame
+        if one.spoken is not None and not np.array_equal(one.spoken, np.array(other.spoken)):
             return frame
     return len(ours)
 
@@ -205,7 +206,8 @@ def full_history(model: Lm, tokens: Codes, context: int) -> npt.NDArray[np.float
         attention = layer.self_attn
         made = attention.in_proj(layer.norm1(x)).reshape(1, len(tokens), 3, attention.cfg.num_heads, -1)
         queries, keys, values = (made[:, :, index].swapaxes(1, 2) for index in range(3))
-        queries, keys = attention.rope(queries), attention.rope(keys)
+        rope: Any = attention.rope
+        queries, keys = rope(queries), rope(keys)
         weights = mx.softmax(queries @ keys.swapaxes(-1, -2) * attention.scale + mask, axis=-1)
         x = x + attention.out_proj((weights @ values).swapaxes(1, 2).reshape(1, len(tokens), -1))
         x = x + layer.gating(layer.norm2(x))

@@ -210,7 +210,7 @@ class TestAgainstTheWhole:
 
 
 def arrays(codec: MlxMimi) -> list[mx.array]:
-    return [*codec._ears._state, *codec._mouth._state]
+    return [*codec._ears._stream._state, *codec._mouth._stream._state]
 
 
 class TestState:

@@ -66,15 +66,27 @@ def choose(checkpoint: Checkpoint, name: CodecName | None) -> CodecName:
     return name or ("mlx" if mx.default_device() == mx.gpu and not mx.metal.is_available() else "rust")
 
 
-class _Computed(Generic[Result]):
-    """What MLX was told to compute."""
+class _Direction(Generic[Result]):
+    """One direction of Mimi on MLX. Its work is begun where it is asked for, and waited for in a thread of its own.
 
-    def __init__(self, array: mx.array, begun_ns: int, read: Callable[[mx.array], Result]) -> None:
-        self._array, self._begun_ns, self._read = array, begun_ns, read
+    So the time is that of the work, whenever somebody asks for what came of it.
+    """
 
-    def result(self) -> tuple[Result, float]:
-        mx.eval(self._array)  # only waits: the work was begun before
-        return self._read(self._array), (now_ns() - self._begun_ns) / NS_PER_MS
+    def __init__(self, part: mimi.Part, read: Callable[[mx.array], Result]) -> None:
+        self._stream = mimi.Stream(part)
+        self._read = read
+        self._thread = ThreadPoolExecutor(1)
+
+    def begin(self, given: mx.array) -> "Future[tuple[Result, float]]":
+        begun_ns = now_ns()
+        return self._thread.submit(self._wait, self._stream.step(given), begun_ns)
+
+    def _wait(self, made: mx.array, begun_ns: int) -> tuple[Result, float]:
+        mx.eval(made)  # waits, no more: the work was begun before
+        return self._read(made), (now_ns() - begun_ns) / NS_PER_MS
+
+    def reset(self) -> None:
+        self._stream.reset()
 
 
 class MlxMimi:
@@ -84,17 +96,14 @@ class MlxMimi:
 
     def __init__(self, module: Any) -> None:
         """`module` is moshi_mlx's Mimi, loaded."""
-        self._ears, self._mouth = mimi.Stream(mimi.encoder(module)), mimi.Stream(mimi.decoder(module))
+        self._ears = _Direction(mimi.encoder(module), lambda codes: np.array(codes, np.uint32))
+        self._mouth = _Direction(mimi.decoder(module), lambda sound: np.array(sound, np.float32).reshape(FRAME))
 
     def hear(self, frame: Samples) -> Pending[Codes]:
-        begun_ns = now_ns()
-        made = self._ears.step(mx.array(frame).reshape(1, FRAME, 1))
-        return _Computed(made, begun_ns, lambda codes: np.array(codes, np.uint32))
+        return self._ears.begin(mx.array(frame).reshape(1, FRAME, 1))
 
     def say(self, codes: Codes) -> Pending[Samples]:
-        begun_ns = now_ns()
-        made = self._mouth.step(mx.array(codes.astype(np.int32)))
-        return _Computed(made, begun_ns, lambda sound: np.array(sound, np.float32).reshape(FRAME))
+        return self._mouth.begin(mx.array(codes.astype(np.int32)))
 
     def reset(self) -> None:
         self._ears.reset()
@@ -130,7 +139,7 @@ class _Relay:
         self._thread.submit(self._forget)
 
     def _forget(self) -> None:
-        # What the last frame left in the resamplers stays: of the next frame's codes a few are others, nothing else.
+        # What the last frame left in the resamplers stays: the next frame's codes are others, those after it are not.
         self._present.reset()
         if self._next is not None:
             self._next.result().reset()

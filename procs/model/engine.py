@@ -16,7 +16,7 @@ from procs.engines import Answer, Samples, Step
 from procs.model import codec as codecs
 from procs.model.codec import Codec, CodecName, Codes, Pending
 from procs.model.generator import Generator
-from procs.model.loading import compute_type, load_model, load_pieces, spare_the_compiler
+from procs.model.loading import compute_type, load_model, load_pieces, loading, spare_the_compiler
 from procs.model.sampling import Sampling
 
 WARM_UP_MOST: Final = 50
@@ -65,6 +65,7 @@ class Moshi:
         self._sampling = sampling or Sampling()
         self._wanted = codec
         self._heard: deque[Pending[Codes]] = deque()
+        self._conversation = 0
         self._broken = False
 
     def load(self) -> None:
@@ -75,7 +76,8 @@ class Moshi:
         spare_the_compiler()
         start_ns = now_ns()
         self._pieces = load_pieces(self.checkpoint)
-        _wire(self.checkpoint)
+        with loading(self.checkpoint.model_file):
+            _wire(self.checkpoint)
         model = load_model(self.checkpoint)
         dtype = compute_type(self.checkpoint)
         self.codec: Codec = codecs.load(self.checkpoint, self._wanted)
@@ -104,6 +106,7 @@ class Moshi:
 
     def reset(self) -> None:
         """Begin a new conversation, at once: frames that were taken in and not answered are forgotten."""
+        self._conversation += 1
         self._broken = False
         self._heard.clear()
         self.codec.reset()
@@ -135,16 +138,16 @@ class Moshi:
         )
         if spoken is None:
             return _Silence(step)
-        return _Speech(self, step, self.codec.say(spoken.astype(np.uint32)))
+        return _Speech(self, self._conversation, step, self.codec.say(spoken.astype(np.uint32)))
 
     def step(self, frame: Samples) -> Step:
         """Answer one frame, each part after the other."""
         self.listen(frame)
         return self.respond().result()
 
-    def lost_numbers(self) -> None:
-        """The codec gave something that is no sound: the next frame begins a new conversation."""
-        self._broken = True
+    def lost_numbers(self, conversation: int) -> None:
+        """The codec gave something that is no sound: the next frame begins a new conversation, if none has begun."""
+        self._broken = self._broken or conversation == self._conversation
 
 
 def _wire(checkpoint: Checkpoint) -> None:
@@ -169,13 +172,13 @@ class _Silence:
 
 
 class _Speech:
-    def __init__(self, engine: Moshi, step: Step, sound: Pending[Samples]) -> None:
-        self._engine, self._step, self._sound = engine, step, sound
+    def __init__(self, engine: Moshi, conversation: int, step: Step, sound: Pending[Samples]) -> None:
+        self._engine, self._conversation, self._step, self._sound = engine, conversation, step, sound
 
     def result(self) -> Step:
         audio, self._step.decode_ms = self._sound.result()
         if np.isfinite(audio).all():
             self._step.audio = audio
         else:
-            self._engine.lost_numbers()
+            self._engine.lost_numbers(self._conversation)
         return self._step
