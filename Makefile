@@ -19,8 +19,9 @@ $(BIN)/pipeline: pyproject.toml requirements/run.txt requirements/moshi_mlx.txt
 	@echo "Installing into $(VENV) (a minute or two, 300 MB)"
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tests/system-packages python3-venv
 	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
-	@# moshi_mlx comes after the rest and without its dependencies: it pins an old mlx (docs/dependencies.md).
-	@$(PIP) uninstall -qq --yes moshi_mlx
+	@# moshi_mlx comes after the rest and without its dependencies: it pins an old mlx (docs/dependencies.md). Without
+	@# what is there of an earlier install pip has no conflict to report.
+	@$(PIP) uninstall -qq --yes moshi_mlx moshi-pipeline
 	@$(PIP) install --quiet --upgrade -r requirements/run.txt
 	@$(PIP) install --quiet --no-deps $(MOSHI_MLX)
 	@$(PIP) install --quiet --no-deps -e .
