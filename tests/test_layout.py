@@ -68,7 +68,8 @@ def upstream(raw: dict[str, Any], quality: str) -> Table:
     entry = QUALITIES[quality]
     if entry.bits is not None and entry.group is not None:
         quantize(model, bits=entry.bits, group_size=entry.group)
-    return {name: Tensor(DTYPES[value.dtype], value.shape) for name, value in tree_flatten(model.parameters())}
+    flat: Any = tree_flatten(model.parameters())
+    return {name: Tensor(DTYPES[value.dtype], value.shape) for name, value in flat}
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
