@@ -36,7 +36,8 @@ demo: install
 	@sh tests/system-packages g++
 	@mkdir -p demo
 	@test -f demo/model/config.json || $(BIN)/pipeline models synth demo/model --quality q4 --size tiny
-	@echo "A recording of 16 s goes through capture, a tiny Moshi with random weights, and playback, in real time:"
+	@echo "A recording of 16 s goes through capture, a tiny Moshi with random weights, and playback, in real time"
+	@echo "(the first time, mlx compiles for this processor: up to a minute before it begins):"
 	@$(BIN)/pipeline up --name demo --model demo/model --input file:pipeline/assets/speech.flac --output file:demo/answer.wav
 	@echo
 	@echo "The answer is in demo/answer.wav. Random weights talk noise: this shows that everything runs, not how Moshi speaks."
