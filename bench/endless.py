@@ -24,6 +24,7 @@ import numpy.typing as npt
 import psutil
 
 from pipeline.checkpoints import SIZES, Size, synthesize
+from pipeline.topology import FRAME
 from procs.engines import Samples
 from procs.model import mimi
 from procs.model.codec import MlxMimi
@@ -58,8 +59,6 @@ class Conversation:
         self.codec = MlxMimi(self.module)
         sampling = Sampling(Choice(0.7, top_k=25), Choice(0.8, top_k=250))
         self.generator = Generator(load_model(self.checkpoint), sampling, 1, compute_type(self.checkpoint))
-        self.inputs: list[Array] = []
-        self.hidden: list[Array] = []
         self._spy()
 
     def _spy(self) -> None:
@@ -87,39 +86,43 @@ class Conversation:
         sound, _ = self.codec.say(said).result()
         if keep is not None:
             embeddings: Any = self.generator._embed
-            keep.tokens.append(np.array(self._input).astype(np.int64) - embeddings.offsets)
-            keep.hidden.append(np.array(self._hidden.astype(mx.float32))[0, 0])
-            keep.heard.append(frame.copy())
-            keep.codes.append(codes)
-            keep.said.append(said)
-            keep.sound.append(sound)
+            tokens = np.array(self._input).astype(np.int64) - embeddings.offsets
+            keep.take(tokens, np.array(self._hidden.astype(mx.float32))[0, 0], frame, codes, said, sound)
         return took_ms
 
 
 class Stretch:
-    """Some frames in a row, with all that became of them."""
+    """Some frames in a row, with all that became of them. Its memory is taken, and written to, before the first."""
 
-    def __init__(self, end: int) -> None:
+    def __init__(self, end: int, config: dict[str, Any]) -> None:
         self.end = end
-        self.tokens: list[Array] = []
-        self.hidden: list[Array] = []
-        self.heard: list[Array] = []
-        self.codes: list[Array] = []
-        self.said: list[Array] = []
-        self.sound: list[Array] = []
+        self._count = 0
+        self.tokens = np.ones((LENGTH, 1 + config["n_q"]), np.int64)
+        self.hidden = np.ones((LENGTH, config["dim"]), np.float32)
+        self.heard = np.ones((LENGTH, FRAME), np.float32)
+        self.codes = np.ones((LENGTH, 8), np.uint32)
+        self.said = np.ones((LENGTH, 8), np.uint32)
+        self.sound = np.ones((LENGTH, FRAME), np.float32)
+
+    def take(self, *parts: Array) -> None:
+        """Keep one frame's tokens, hidden state, sound heard, codes, codes said and sound said."""
+        places = (self.tokens, self.hidden, self.heard, self.codes, self.said, self.sound)
+        for place, part in zip(places, parts, strict=True):
+            place[self._count] = part
+        self._count += 1
 
     def differences(self, conversation: Conversation, model: Any) -> tuple[float, int, float]:
         """Of attention's output, of codes, and of sound."""
         # A stretch that is the conversation's start is compared from its first frame on.
         kept = slice(0 if self.end <= LENGTH else LENGTH - CHECKED, None)
         reference = Reference(conversation.module)
-        hidden = full_history(model, np.array(self.tokens), CONTEXT)
-        codes = reference.codes(np.concatenate(self.heard))
-        sound = reference.sound(np.array(self.said)).reshape(len(self.sound), -1)
+        hidden = full_history(model, self.tokens, CONTEXT)
+        codes = reference.codes(self.heard.reshape(-1))
+        sound = reference.sound(self.said).reshape(self.sound.shape)
         return (
-            float(np.abs(np.array(self.hidden) - hidden)[kept].max()),
-            int((np.array(self.codes) != codes)[kept].sum()),
-            float(np.abs(np.array(self.sound) - sound)[kept].max()),
+            float(np.abs(self.hidden - hidden)[kept].max()),
+            int((self.codes != codes)[kept].sum()),
+            float(np.abs(self.sound - sound)[kept].max()),
         )
 
 
@@ -141,7 +144,8 @@ def main() -> None:
 
 def run(conversation: Conversation, model: Any, frames: int) -> int:
     """The conversation, its table, and the exit code."""
-    stretches = [Stretch(end) for end in (LENGTH, 2_000, frames // 2, 16_900, frames) if end <= frames]
+    config = conversation.checkpoint.config
+    stretches = [Stretch(end, config) for end in (LENGTH, 2_000, frames // 2, 16_900, frames) if end <= frames]
     sound = speech_like(1_000).reshape(1_000, -1)
     times_ms = np.zeros(frames)
     gc.collect()

@@ -1,6 +1,7 @@
 """The command `pipeline`."""
 
 import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -412,6 +413,9 @@ def list_(as_json: bool) -> int:
 
 def main() -> None:
     """Run the command; whatever the user did wrong becomes one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to end a conversation
     try:
         code = cli.main(prog_name="pipeline", standalone_mode=False)
     except click.UsageError as error:

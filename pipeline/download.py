@@ -183,11 +183,12 @@ def _fetch_content(repo: str, commit: str, file: RemoteFile) -> None:
     with part.open("ab") as stream:
         _lock(repo, stream)
         _fill(repo, commit, file, stream)
-    fault = cache.fault(part, file.size, file.digest)
-    if fault:
-        part.unlink()
-        raise CheckpointError(f"model {repo}: {file.name} was damaged on its way: it {fault}; pull again")
-    part.replace(blob)
+        stream.flush()
+        # Still locked: another program that pulls the same is not to find the file whole and take it away.
+        if fault := cache.fault(part, file.size, file.digest):
+            part.unlink()
+            raise CheckpointError(f"model {repo}: {file.name} was damaged on its way: it {fault}; pull again")
+        part.replace(blob)
 
 
 def _lock(repo: str, stream: BinaryIO) -> None:

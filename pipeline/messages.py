@@ -1,7 +1,7 @@
 """What is said between processes: commands and replies, the stages' reports, the records of every event topic.
 
-JSON on the wire, tagged unions; a command with an unknown field is refused. Times are monotonic ns stamped at the
-durations, counts are in samples at 24 kHz where no unit is named.
+JSON on the wire, tagged unions; a command with an unknown field is refused. Times are monotonic ns
+stamped at the source; counts are in samples at 24 kHz where no unit is named.
 """
 
 from typing import Annotated, Final, Literal

@@ -23,7 +23,10 @@ AHEAD: Final = 2
 """Frames that an engine which overlaps is given at a time: the one whose turn it is, and the next, if it is there."""
 
 UNSAID: Final = 2
-"""Answers whose sound may still be in the making while the next frame is begun."""
+"""Answers whose sound may be in the making, besides the one that is waited for, while the next frame is begun."""
+
+_STOP_S: Final = 0.2
+"""How long an answer that is being written may hold up the end."""
 
 
 class Question(NamedTuple):
@@ -57,8 +60,9 @@ class Answers:
         self._writer = RingWriter(ring)
         self._bell = bell
         self._unsaid: queue.Queue[tuple[Question, Answer] | None] = queue.Queue(UNSAID)
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._stopped = False
 
     def start_thread(self) -> None:
         """From now on write in a thread."""
@@ -83,8 +87,16 @@ class Answers:
 
     def check(self) -> None:
         """Raise what went wrong in the thread."""
-        if self._failure is not None:
+        if isinstance(self._failure, Exception):
             raise self._failure
+        if self._failure is not None:  # a panic of rustymimi's, say, which is no Exception
+            raise RuntimeError(f"{type(self._failure).__name__}: {self._failure}")
+
+    def stop(self) -> None:
+        """Write nothing more: the rings are about to go."""
+        self._stopped = True
+        if self._thread is not None:
+            self._thread.join(_STOP_S)
 
     def _run(self) -> None:
         apple.raise_thread()
@@ -93,12 +105,16 @@ class Answers:
                 continue  # whoever waits for room is to come by and see
             try:
                 self._write(*item)
-            except Exception as error:
+            except BaseException as error:
                 self._failure = error
+            if self._stopped:
+                return
             self._bell.ring()
 
     def _write(self, question: Question, answer: Answer) -> None:
         step = answer.result()
+        if self._stopped:
+            return
         if cleaned := make_fit(step.audio):
             self._writer.count("cleaned", cleaned)
         end_ns = now_ns()
@@ -127,10 +143,14 @@ class Inference:
         self._warm = apple.KeepWarm(now_ns())
 
     def _pass_over_answered(self) -> None:
-        """A predecessor that was killed between its answers and its count: no frame is answered twice."""
-        last = self._playback.mark(self._playback.mark_count - 1)
-        if last is None or last.position + FRAME > self._playback.position:
-            return  # announced, and not written
+        """A predecessor that was killed between its answers and its count: no frame is answered twice.
+
+        Where it had dropped some behind what it had not yet answered, as many as it had answered are answered anew.
+        """
+        # Not the last mark: that may announce an answer which was never written.
+        last = self._playback.mark(self._playback.position // FRAME - 1)
+        if last is None:
+            return
         answered = (last.frame + 1) * FRAME - self._counts.position
         if 0 < answered <= self._counts.available:
             self._count_answered(answered)
@@ -184,10 +204,14 @@ class Inference:
         self._bell.clear()
         self._settle()
         self._answers.check()
+        turn_ns = now_ns()
         self._shed()
         self._listen()
         if self._asked:
-            self._answers.put(self._asked.popleft(), self._engine.respond())
+            question = self._asked.popleft()
+            # One that was given ahead of its turn waited until now.
+            question = question._replace(start_ns=max(question.start_ns, turn_ns))
+            self._answers.put(question, self._engine.respond())
             self._settle()
             return bool(self._asked) or self._reader.available >= FRAME or self._reader.ended
         if self._reader.ended and not self._ended:
@@ -288,6 +312,7 @@ class Inference:
 
     def stop(self) -> None:
         """The model goes with the process."""
+        self._answers.stop()
 
 
 if __name__ == "__main__":

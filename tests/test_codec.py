@@ -220,9 +220,41 @@ class TestRelay:
             return Tokenizer()
 
         relay = codec._Relay(make, step)
-        assert len(self.said(relay, range(8))) == 8
+        assert len(self.said(relay, range(9))) == 9  # the ninth is the first that the next one was to hear as well
         with pytest.raises(OSError, match="the file went away"):
-            self.said(relay, range(8, 9))
+            self.said(relay, range(9, 10))
+
+    def test_who_waits_for_a_frame_does_not_wait_for_the_next_one_to_hear_it(self) -> None:
+        go = threading.Event()
+        makes: list[Tokenizer] = []
+
+        def make() -> Tokenizer:
+            makes.append(Tokenizer())
+            return makes[-1]
+
+        def slow(tokenizer: Tokenizer, given: int) -> int:
+            if tokenizer is not makes[0]:
+                assert go.wait(PATIENCE_S)
+            return given
+
+        relay = codec._Relay(make, slow)
+        assert [relay.begin(number).result(PATIENCE_S)[0] for number in range(9)] == list(range(9))
+        assert len(makes) == 2
+        go.set()
+
+    def test_renewed_it_is_as_it_was_at_first(self) -> None:
+        makes: list[Tokenizer] = []
+
+        def make() -> Tokenizer:
+            makes.append(Tokenizer())
+            return makes[-1]
+
+        relay = codec._Relay(make, step)
+        self.said(relay, range(5))
+        relay.renew()
+        assert len(makes) == 2
+        assert relay._present is makes[1]
+        assert relay._frames == 0
 
     def test_what_goes_wrong_with_a_frame_is_told_to_who_waits_for_it(self) -> None:
         def broken(tokenizer: Tokenizer, given: int) -> int:

@@ -1,6 +1,5 @@
 """Sound to codes and back, beside the model's step: what is begun here is waited for later, in any thread."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import rustymimi
 
+from pipeline import apple
 from pipeline.checkpoints import FULL_MIMI, Checkpoint
 from pipeline.timing import NS_PER_MS, now_ns
 from pipeline.topology import FRAME
@@ -44,7 +44,10 @@ class Codec(Protocol):
         """Begin to turn codes, shape (codebooks,), into a frame, shape (FRAME,)."""
 
     def reset(self) -> None:
-        """Forget what was heard and said."""
+        """Forget what was heard and said, at once."""
+
+    def renew(self) -> None:
+        """Be as it was when it was loaded, to the bit, however long that takes."""
 
 
 def load(checkpoint: Checkpoint, name: CodecName | None) -> Codec:
@@ -75,7 +78,7 @@ class _Direction(Generic[Result]):
     def __init__(self, part: mimi.Part, read: Callable[[mx.array], Result]) -> None:
         self._stream = mimi.Stream(part)
         self._read = read
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1, initializer=apple.raise_thread)
 
     def begin(self, given: mx.array) -> "Future[tuple[Result, float]]":
         begun_ns = now_ns()
@@ -109,6 +112,9 @@ class MlxMimi:
         self._ears.reset()
         self._mouth.reset()
 
+    def renew(self) -> None:
+        self.reset()
+
 
 LIFE: Final = 3_000
 """Frames after which a rustymimi tokenizer is replaced: it fails after 4,096, and grows by 125 KiB with each."""
@@ -126,27 +132,48 @@ class _Relay:
 
     def __init__(self, make: Callable[[], Any], step: Callable[[Any, Any], Any]) -> None:
         self._make, self._step = make, step
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1, initializer=apple.raise_thread)
         self._loader = ThreadPoolExecutor(1)
-        self._present = make()
+        self._failure: Exception | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._present = self._make()
         self._next: Future[Any] | None = None
         self._frames = 0
 
     def begin(self, given: Any) -> "Future[tuple[Any, float]]":
-        return self._thread.submit(self._work, given)
+        made = self._thread.submit(self._work, given)
+        # Behind it: who waits for this frame does not wait for the next tokenizer to hear it too.
+        self._thread.submit(self._follow, given)
+        return made
 
     def reset(self) -> None:
         self._thread.submit(self._forget)
 
+    def renew(self) -> None:
+        """As it was at first, to the bit: it waits until a new tokenizer is loaded."""
+        self._thread.submit(self._begin_anew).result()
+
     def _forget(self) -> None:
         # What the last frame left in the resamplers stays: the next frame's codes are others, those after it are not.
         self._present.reset()
-        if self._next is not None:
+        if self._next is not None and self._frames > LIFE - OVERLAP:
             self._next.result().reset()
 
     def _work(self, given: Any) -> tuple[Any, float]:
-        start = time.perf_counter_ns()
-        made = self._step(self._present, given)
+        if self._failure is not None:
+            raise self._failure
+        start_ns = now_ns()
+        return self._step(self._present, given), (now_ns() - start_ns) / NS_PER_MS
+
+    def _follow(self, given: Any) -> None:
+        try:
+            self._hand_over(given)
+        except Exception as error:  # for whoever waits for the next frame
+            self._failure = error
+
+    def _hand_over(self, given: Any) -> None:
         self._frames += 1
         if self._frames == LIFE - OVERLAP - _LOAD:
             self._next = self._loader.submit(self._make)
@@ -154,7 +181,6 @@ class _Relay:
             self._step(self._next.result(), given)
             if self._frames == LIFE:
                 self._present, self._next, self._frames = self._next.result(), None, OVERLAP
-        return made, (time.perf_counter_ns() - start) / NS_PER_MS
 
 
 class RustMimi:
@@ -178,3 +204,7 @@ class RustMimi:
     def reset(self) -> None:
         self._ears.reset()
         self._mouth.reset()
+
+    def renew(self) -> None:
+        self._ears.renew()
+        self._mouth.renew()

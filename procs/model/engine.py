@@ -89,6 +89,7 @@ class Moshi:
         self.step(np.zeros(FRAME, np.float32))
         first_ns = now_ns()
         self.reset()
+        self.codec.renew()  # how many steps it took to warm up is to leave no trace in what is said
         parts_ns = loaded_ns - start_ns, warm_ns - loaded_ns, first_ns - warm_ns
         self.loaded = Loaded(*(part / NS_PER_MS for part in parts_ns))
 

@@ -23,8 +23,9 @@ def loading(path: Path) -> Iterator[None]:
     """Turn what goes wrong with a file into one line: CheckpointError."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} does not load: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError, OSError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} does not load: {reason}") from error
 
 
 def spare_the_compiler() -> None:
