@@ -41,7 +41,7 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "offline": False,
         "ring_seconds": 12.0,
         "capture": {"input": "device", "block_ms": 5.0, "latency_ms": 20.0},
-        "inference": {"backlog_target": 3, "backlog_limit": 8},
+        "inference": {"backlog_target": 3, "backlog_limit": 8, "codec": "auto"},
         "playback": {
             "output": "device",
             "block_ms": 5.0,
@@ -51,9 +51,13 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         },
         "sampler": {
             "text_temperature": 0.7,
-            "text_top_k": 25,
+            "text_top_k": None,
+            "text_top_p": None,
+            "text_min_p": None,
             "audio_temperature": 0.8,
-            "audio_top_k": 250,
+            "audio_top_k": None,
+            "audio_top_p": None,
+            "audio_min_p": None,
             "seed": None,
         },
     }
@@ -123,7 +127,7 @@ def test_every_key_can_be_set(run_toml: Path) -> None:
     [
         ("engines = 'echo'", f"engines: unknown key; expected one of {TOP}"),
         ("[capture]\ninputs = 'device'", "capture.inputs: unknown key; expected one of input, block_ms, latency_ms"),
-        ("[inference.more]", "inference.more: unknown key; expected one of backlog_target, backlog_limit"),
+        ("[inference.more]", "inference.more: unknown key; expected one of backlog_target, backlog_limit, codec"),
         ("[microphone]", f"microphone: unknown key; expected one of {TOP}"),
         ("engine = 3", "engine = 3: expected one of moshi, echo"),
         ("model = 1.5", "model = 1.5: expected `str | null`, got `float`"),
@@ -351,9 +355,34 @@ def test_any_bytes_load_or_are_refused_in_one_line(data: bytes) -> None:
         model=st.none() | st.text(st.characters(codec="utf-8")),
         seconds=st.none() | st.floats(0.001, 1e9),
         capture=st.builds(CaptureConfig, input=st.text(st.characters(codec="utf-8")), block_ms=st.floats(1, 80)),
-        sampler=st.builds(SamplerConfig, seed=st.none() | st.integers(-(1 << 63), (1 << 64) - 1)),
+        sampler=st.builds(SamplerConfig, seed=st.none() | st.integers(0, (1 << 63) - 1)),
     )
 )
 @settings(max_examples=50, deadline=None)
 def test_what_the_stages_are_told_is_what_was_set(settings: Config) -> None:
     assert config.decode(config.encode(settings)) == settings
+
+
+class TestCuts:
+    """Which tokens may be drawn: one cut at most for each kind."""
+
+    @pytest.mark.parametrize(
+        ("table", "text", "audio"),
+        [
+            ("", (25, None, None), (250, None, None)),
+            ("text_top_k = 7", (7, None, None), (250, None, None)),
+            ("audio_top_p = 0.9", (25, None, None), (None, 0.9, None)),
+            ("text_min_p = 0.05\naudio_top_p = 1", (None, None, 0.05), (None, 1.0, None)),
+        ],
+    )
+    def test_unset_all_three_are_the_defaults_top_k(
+        self, run_toml: Path, table: str, text: config.Cut, audio: config.Cut
+    ) -> None:
+        run_toml.write_text(f"[sampler]\n{table}\n")
+        sampler = config.load(run_toml, {}).sampler
+        assert (sampler.text_cut, sampler.audio_cut) == (text, audio)
+
+    def test_two_cuts_of_one_kind_are_refused(self, run_toml: Path) -> None:
+        run_toml.write_text("[sampler]\ntext_top_k = 7\ntext_top_p = 0.9\n")
+        line = "sampler.text_top_p = 0.9: expected to be unset, as sampler.text_top_k is set"
+        assert refused(run_toml) == f"{run_toml}: {line}"

@@ -365,16 +365,17 @@ class _Depformer:
         self, text: Kind, audio: Kind, hidden: mx.array, logits: mx.array, keys: Keys, *numbers: mx.array
     ) -> mx.array:
         entered = mx.split(self._enter(hidden), len(self._slices), axis=-1)
-        token = draw(logits.reshape(-1), text, numbers[:2], keys[0])
+        # Not one-dimensional: mlx 0.32 draws from such logits in another way than from upstream's.
+        token = draw(logits.reshape(1, -1), text, numbers[:2], keys[0])
         tokens = [token]
         caches: list[mx.array | None] = [None] * len(self._slices[0].transformer.layers)
         for index, part in enumerate(self._slices):
-            x = entered[index] + self._tables[index].row(token)
+            x = entered[index] + self._tables[index].row(token.reshape(()))
             for depth, layer in enumerate(part.transformer.layers):
                 x, caches[depth] = self._layer(layer, x, caches[depth], index)
-            token = draw(part.linear_out(x).reshape(-1), audio, numbers[2:], keys[index + 1])
+            token = draw(part.linear_out(x).reshape(1, -1), audio, numbers[2:], keys[index + 1])
             tokens.append(token)
-        return mx.stack(tokens)
+        return mx.concatenate(tokens)
 
     def _layer(self, layer: Any, x: mx.array, cache: mx.array | None, index: int) -> tuple[mx.array, mx.array]:
         """One layer at codebook `index`; the cache, shape (2, heads, slices, head_dim), is keys, then values."""
