@@ -69,6 +69,11 @@ class Answers:
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
 
+    @property
+    def room(self) -> int:
+        """Samples that may be written now and overwrite none that playback has not taken."""
+        return self._writer.room
+
     def put(self, question: Question, answer: Answer) -> None:
         """Hand over an answer; waits while UNSAID earlier ones are not written."""
         if self._thread is None:
@@ -256,7 +261,7 @@ class Inference:
         if not self._context.config.offline:
             return True
         asked = len(self._asked) + UNSAID + AHEAD
-        return self._playback.capacity - self._playback.ledger().waiting > asked * FRAME
+        return self._answers.room > asked * FRAME
 
     def _take(self) -> None:
         reader, start_ns = self._reader, now_ns()
