@@ -16,7 +16,7 @@ from pipeline import ring as rings
 from pipeline.audio import Samples
 from pipeline.config import Config
 from pipeline.control import Hub, StageLink
-from pipeline.errors import RingError
+from pipeline.errors import CheckpointError, RingError
 from pipeline.messages import Report
 from pipeline.ring import Ring
 from pipeline.runtime import RunFolder
@@ -135,3 +135,13 @@ def received(hub: Hub, count: int) -> list[Report]:
 
     wait_until(enough, f"{count} reports")
     return found
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The one line with which `call` is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    line = str(caught.value)
+    assert line
+    assert "\n" not in line
+    return line

@@ -35,6 +35,7 @@ from pipeline.layout import (
     model_table,
 )
 from pipeline.synthesis import SIZES, tokenizer
+from tests.helpers import refusal
 
 Q4_FILE = QUALITIES["q4"].file
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4805508736\n"
@@ -66,16 +67,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("socket.socket.connect", no_network)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which `call` is refused."""
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    line = str(caught.value)
-    assert line
-    assert "\n" not in line
-    return line
 
 
 def write_tensors(path: Path, table: Table) -> None:

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from pipeline import cache, download, inventory
 from pipeline.checkpoints import find, synthesize
-from pipeline.errors import CheckpointError
 from pipeline.layout import CONFIG_FILE, MIMI_FILE, QUALITIES, TOKENIZER_FILE
+from tests.helpers import refusal
 from tests.hub_server import Hub, Repository, Request, serve
 
 REPO = "someone/tiny-moshi"
@@ -70,16 +70,6 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def pull(quality: str = "q4", revision: str = "main", repo: str = REPO) -> Path:
     return download.fetch(download.plan(repo, quality, revision))
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which `call` is refused."""
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    line = str(caught.value)
-    assert line
-    assert "\n" not in line
-    return line
 
 
 def states(model: str | None = REPO) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,6 @@ import pytest
 from tests.runs import Runs, noise, write_wav
 
 FILES = ("--engine", "echo", "--output", "null")
-
-
-@pytest.fixture
-def runs() -> Iterator[Runs]:
-    with Runs() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`pipeline bench`, as a user calls it. Nothing is asserted of how long anything took."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,12 +11,6 @@ from tests.runs import Runs
 
 FRAMES: Final = 6
 ENDS_ON_ITS_OWN_S: Final = 300
-
-
-@pytest.fixture
-def runs() -> Iterator[Runs]:
-    with Runs() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,6 @@ from tests.runs import Runs, assert_balanced, noise, passage, read_wav, write_wa
 
 STEADY = "[playback]\nprebuffer_ms = 80\n"
 """A whole frame of prebuffer: what another process does to this machine's cores is not what is tested."""
-
-
-@pytest.fixture
-def runs() -> Iterator[Runs]:
-    with Runs() as made:
-        yield made
 
 
 def accounting(printed: str) -> dict[str, int]:

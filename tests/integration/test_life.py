@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,12 +17,6 @@ from pipeline.topology import PROCESSES, RINGS
 from tests.runs import Run, Runs, children, wait_for
 
 ECHO = ("--engine", "echo", "--input", "silence", "--output", "null")
-
-
-@pytest.fixture
-def runs() -> Iterator[Runs]:
-    with Runs() as made:
-        yield made
 
 
 def segments(runs: Runs, name: str = "default") -> list[str]:

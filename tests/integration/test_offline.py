@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ SPEECH = Path(__file__).parents[2] / "pipeline" / "assets" / "speech.flac"
 SPEECH_S = 2
 LONG_S = 3_600
 """Longer than the run that is disturbed in its middle is left alone."""
-
-
-@pytest.fixture
-def runs() -> Iterator[Runs]:
-    with Runs() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
