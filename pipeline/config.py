@@ -21,6 +21,10 @@ Temperature = Annotated[float, Meta(ge=0, le=10)]
 Count = Annotated[int, Meta(ge=1, le=100_000)]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Frames = Annotated[int, Meta(ge=1, le=100)]
+QueueFrames = Annotated[int, Meta(ge=2, le=100)]
+PrebufferMs = Annotated[float, Meta(ge=0, le=80)]
+Volume = Annotated[float, Meta(ge=0, le=1)]
 
 
 class _Section(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -36,6 +40,8 @@ class CaptureConfig(_Section):
     """What one device callback moves."""
     latency_ms: Milliseconds = 20.0
     """What is asked of the device. It reports what it gives."""
+    origin: Annotated[int, Meta(ge=0)] = 0
+    """Samples that were captured before this input was taken. Set by the command `input`."""
 
 
 class PlaybackConfig(_Section):
@@ -47,19 +53,21 @@ class PlaybackConfig(_Section):
     """What one device callback moves."""
     latency_ms: Milliseconds = 20.0
     """What is asked of the device. It reports what it gives."""
-    prebuffer_ms: Annotated[float, Meta(ge=0, le=80)] | None = None
+    volume: Volume = 1.0
+    """What samples are multiplied by before they are sent; 1 sends them as they are."""
+    prebuffer_ms: PrebufferMs | None = None
     """How long the first frame waits, so that a later one may be late by as much. Unset: 3 for echo, 40 for moshi.
     Doubled after each gap, up to a frame."""
-    queue_frames: Annotated[int, Meta(ge=2, le=100)] = 3
+    queue_frames: QueueFrames = 3
     """More frames than these waiting for the speaker are skipped, oldest first, down to two."""
 
 
 class InferenceConfig(_Section):
     """How far the model may fall behind the microphone, in frames."""
 
-    backlog_target: Annotated[int, Meta(ge=1, le=100)] = 3
+    backlog_target: Frames = 3
     """What is left waiting when a backlog is dropped."""
-    backlog_limit: Annotated[int, Meta(ge=1, le=100)] = 8
+    backlog_limit: Frames = 8
     """More than these waiting are dropped, oldest first."""
     codec: Literal["auto", "mlx", "rust"] = "auto"
     """What turns sound into codes and back: Mimi on MLX's device, or rustymimi on the CPU. `auto` takes what was

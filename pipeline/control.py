@@ -52,6 +52,8 @@ class Hub:
         # Every subscription is shown, also to a topic that someone else has: it is answered with the last value.
         self._events.setsockopt(zmq.XPUB_VERBOSE, 1)
         self._last: dict[str, bytes] = {}
+        self._subscribed: set[bytes] = set()
+        self._joined = False
         umask = os.umask(0o077)
         try:
             for socket, path in ((self._control, control), (self._stages, stages), (self._events, events)):
@@ -117,17 +119,34 @@ class Hub:
         with contextlib.suppress(zmq.ZMQError):
             self._events.send_multipart([topic.encode(), record], zmq.NOBLOCK)
 
+    def is_wanted(self, topic: str) -> bool:
+        """Whether anybody subscribed to the topic."""
+        return any(topic.encode().startswith(wanted) for wanted in self._subscribed)
+
+    def joined(self) -> bool:
+        """Whether somebody subscribed since this was asked last."""
+        joined, self._joined = self._joined, False
+        return joined
+
     def _welcome(self) -> None:
-        while True:
-            try:
+        """Tell whoever has just subscribed the last value of each state.
+
+        Who had subscribed before is told it again: it is the value that it knows. For any number of newcomers at a time
+        that is once.
+        """
+        wanted: set[bytes] = set()
+        with contextlib.suppress(zmq.Again):
+            while True:
                 subscription = self._events.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            if subscription[:1] != b"\x01":
-                continue
-            for topic, record in self._last.items():
-                if topic.encode().startswith(subscription[1:]):
-                    self._send_event(topic, record)
+                if subscription[:1] == b"\x01":
+                    wanted.add(subscription[1:])
+                else:
+                    self._subscribed.discard(subscription[1:])
+        self._subscribed |= wanted
+        self._joined = self._joined or bool(wanted)
+        for topic, record in self._last.items():
+            if any(topic.encode().startswith(prefix) for prefix in wanted):
+                self._send_event(topic, record)
 
     def close(self) -> None:
         """Close the sockets; their files stay. What is under way to a client is given a moment."""

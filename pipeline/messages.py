@@ -1,14 +1,17 @@
 """What is said between processes: commands and replies, the stages' reports, the records of every event topic.
 
 JSON on the wire, tagged unions; a command with an unknown field is refused. Times are monotonic ns
-stamped at the source; counts are in samples at 24 kHz where no unit is named.
+stamped at the source; counts are in samples at 24 kHz where no unit is named. docs/protocol.md is made from this
+module.
 """
 
-from typing import Annotated, Final, Literal
+import math
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pipeline.config import Config, Count, Frames, PrebufferMs, Probability, QueueFrames, Temperature, Volume
 from pipeline.topology import StageName
 
 SCHEMA: Final = 1
@@ -17,6 +20,9 @@ SCHEMA: Final = 1
 RunState = Literal["starting", "running", "stopping", "stopped"]
 StageState = Literal["starting", "ready", "running", "backoff", "fatal", "stopped"]
 LogLevel = Literal["info", "warning", "error"]
+
+SILENCE_DBFS: Final = -120.0
+"""The level of what is nothing but zeros, or below that."""
 
 
 class Command(Struct, tag_field="verb", tag=str.lower, forbid_unknown_fields=True):
@@ -35,20 +41,128 @@ class Unmute(Command):
     """The microphone again."""
 
 
+class Pause(Command):
+    """The model takes no more frames: what the microphone hears meanwhile is counted as dropped."""
+
+
+class Resume(Command):
+    """The model goes on, in the same conversation, with what the microphone hears from now on."""
+
+
 class Reset(Command):
     """A new conversation."""
+
+
+class Set(Command, kw_only=True):
+    """Change settings while running; they have the meaning that they have in run.toml. At least one is given.
+
+    Of top_k, top_p and min_p the one that is given replaces the one of the same kind that was in force.
+    """
+
+    text_temperature: Temperature | UnsetType = UNSET
+    text_top_k: Count | None | UnsetType = UNSET
+    text_top_p: Probability | None | UnsetType = UNSET
+    text_min_p: Probability | None | UnsetType = UNSET
+    audio_temperature: Temperature | UnsetType = UNSET
+    audio_top_k: Count | None | UnsetType = UNSET
+    audio_top_p: Probability | None | UnsetType = UNSET
+    audio_min_p: Probability | None | UnsetType = UNSET
+    backlog_target: Frames | UnsetType = UNSET
+    backlog_limit: Frames | UnsetType = UNSET
+    volume: Volume | UnsetType = UNSET
+    prebuffer_ms: PrebufferMs | UnsetType = UNSET
+    queue_frames: QueueFrames | UnsetType = UNSET
+
+
+class Input(Command):
+    """Take another microphone, or what stands in for one. If it cannot be opened the present one stays."""
+
+    spec: str
+    """`device`, `device:NAME`, `file:PATH`, `tone:HZ` or `silence`. A relative PATH is looked up where the run was
+    started."""
+
+
+class Output(Command):
+    """Take another speaker, or what stands in for one. If it cannot be opened the present one stays."""
+
+    spec: str
+    """`device`, `device:NAME`, `file:PATH` or `null`. A relative PATH is looked up where the run was started."""
+
+
+class Restart(Command):
+    """End a stage in good order and start it again. Answered when it runs."""
+
+    stage: StageName
+
+
+class Record(Command):
+    """Begin or end a recording of both sides. Ending is answered when the file is closed."""
+
+    on: bool
+    path: str | None = None
+    """The sound file to write, two channels: the microphone and what was sent to the speaker. It must not exist. The
+    transcript is written beside it, as .txt. A relative path is looked up where the run was started."""
+
+
+class Trace(Command):
+    """The event records of the last minutes, as they were published."""
+
+    seconds: Annotated[float, Meta(gt=0)] | None = None
+    """Only those of the last so many seconds."""
 
 
 class Shutdown(Command):
     """End the run. Answered when every stage has stopped, with the final status."""
 
 
-AnyCommand = Status | Mute | Unmute | Reset | Shutdown
+AnyCommand = (
+    Status | Mute | Unmute | Pause | Resume | Reset | Set | Input | Output | Restart | Record | Trace | Shutdown
+)
 
-VERBS: Final = {kind.__name__.lower(): kind for kind in (Status, Mute, Unmute, Reset, Shutdown)}
+VERBS: Final[dict[str, type[AnyCommand]]] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        Status, Mute, Unmute, Pause, Resume, Reset, Set, Input, Output, Restart, Record, Trace, Shutdown
+    )
+}  # fmt: skip
 
-CARRIED_OUT_BY: Final[dict[type[Command], StageName]] = {Mute: "capture", Unmute: "capture", Reset: "inference"}
-"""The stage that acknowledges a command. What is not listed is answered by the supervisor."""
+ALTERS: Final[dict[str, str]] = {
+    name: f"{section}.{name}"
+    for section, names in {
+        "sampler": [
+            f"{kind}_{key}" for kind in ("text", "audio") for key in ("temperature", "top_k", "top_p", "min_p")
+        ],
+        "inference": ["backlog_target", "backlog_limit"],
+        "playback": ["volume", "prebuffer_ms", "queue_frames"],
+    }.items()
+    for name in names
+}
+"""The key in run.toml of each of Set's fields."""
+
+
+def carried_out_by(command: Command) -> list[StageName]:
+    """The stages that acknowledge a command; none where the supervisor or the recorder carries it out."""
+    match command:
+        case Mute() | Unmute() | Input():
+            return ["capture"]
+        case Pause() | Resume() | Reset():
+            return ["inference"]
+        case Output():
+            return ["playback"]
+        case Set():
+            sections = {ALTERS[name].partition(".")[0] for name in given(command)}
+            return [
+                stage
+                for stage, own in (("inference", {"sampler", "inference"}), ("playback", {"playback"}))
+                if sections & own
+            ]
+    return []
+
+
+def given(command: Command) -> dict[str, Any]:
+    """A command's fields and their values, without those that are not given."""
+    values = {name: getattr(command, name) for name in command.__struct_fields__}
+    return {name: value for name, value in values.items() if value is not UNSET}
 
 
 class StageStatus(Struct, kw_only=True):
@@ -152,6 +266,14 @@ class StatusReport(Struct, kw_only=True):
     state: RunState
     engine: str
     uptime_s: float
+    time_ns: int
+    """When this was read."""
+    paused: bool
+    """Whether the model takes no frames."""
+    recording: str | None
+    """The sound file that both sides are recorded to."""
+    settings: Config
+    """As they are in force now."""
     stages: dict[StageName, StageStatus]
     accounting: Accounting
     timing: Timing
@@ -160,18 +282,32 @@ class StatusReport(Struct, kw_only=True):
     """The microphone's clock against the speaker's: positive where the microphone is faster. Null in the first 30 s."""
 
 
+class Effect(Struct, kw_only=True):
+    """What a command did in one stage."""
+
+    stage: str
+    """The stage that carried it out."""
+    frame: int
+    """The microphone frame from which on it has effect, numbered as in the timing records."""
+
+
 class Reply(Struct, kw_only=True, omit_defaults=True):
     """The answer to a command."""
 
     ok: bool
     verb: str = ""
     stage: str = ""
-    """The stage that carried the command out."""
+    """The stage that carried the command out; of several, the first."""
     frame: int = -1
-    """The frame from which on it has effect, as that stage counts."""
+    """The frame from which on it has effect there."""
+    effects: list[Effect] = []
+    """Each stage that carried it out."""
     error: str = ""
     """What is wrong, if not ok."""
     status: StatusReport | None = None
+    """The answer to status, and shutdown's."""
+    records: list[msgspec.Raw] = []
+    """The answer to trace: [topic, record], oldest first."""
 
 
 class _Record(Struct, kw_only=True, tag_field="type"):
@@ -203,10 +339,23 @@ class TimingRecord(_Record, tag="timing", kw_only=True):
     queued: int
     """Frames waiting for this stage when it began."""
     encode_ms: float = 0.0
+    """Inference: the codec's work on what was heard."""
     step_ms: float = 0.0
+    """Inference: the language model's step."""
     decode_ms: float = 0.0
+    """Inference: the codec's work on what is said."""
+    context: int = 0
+    """Inference: the positions that the model's attention sees."""
+    context_size: int = 0
+    """Inference: the most that it can see; then the oldest is forgotten."""
     mic_to_speaker_ms: float = 0.0
     """Playback: from the frame's first sample at the microphone's converter to the answer's at the speaker's."""
+    prebuffer_ms: float = 0.0
+    """Playback: how long a frame waits after silence, so that the next may be as late."""
+    level_dbfs: float = SILENCE_DBFS
+    """Capture, playback: root mean square of the frame's samples; 0 is a square wave at full scale."""
+    peak_dbfs: float = SILENCE_DBFS
+    """Capture, playback: the largest sample."""
 
 
 class TextRecord(_Record, tag="text", kw_only=True):
@@ -236,6 +385,71 @@ class LogRecord(_Record, tag="log", kw_only=True):
     time_ns: int
 
 
+class RunRecord(_Record, tag="run", kw_only=True):
+    """Topic state.run: the run's state changed, or it was muted or paused."""
+
+    name: str
+    pid: int
+    """Of the supervisor."""
+    state: RunState
+    muted: bool
+    paused: bool
+    engine: str
+    time_ns: int
+
+
+class RecordingRecord(_Record, tag="recording", kw_only=True):
+    """Topic state.recording: a recording began or ended."""
+
+    path: str
+    transcript: str
+    """The file of the words beside it."""
+    on: bool
+    frame: int
+    """The microphone frame in which it began."""
+    seconds: float = 0.0
+    """How much was recorded."""
+    lost: int = 0
+    """Samples of either side that were overwritten before they were recorded; silence stands in their place."""
+    error: str = ""
+    """Why it ended by itself, if it did."""
+    time_ns: int
+
+
+class CommandRecord(_Record, tag="command", kw_only=True):
+    """Topic command: a command was answered. Status and trace are not told of."""
+
+    verb: str
+    values: dict[str, Any] = {}
+    ok: bool
+    effects: list[Effect] = []
+    error: str = ""
+    start_ns: int
+    """When it came."""
+    end_ns: int
+    """When it was answered."""
+
+
+class StatusRecord(_Record, tag="status", kw_only=True):
+    """Topic status: what the command `status` tells, every second as long as somebody listens."""
+
+    status: StatusReport
+
+
+Event = (
+    StageRecord
+    | TimingRecord
+    | TextRecord
+    | XrunRecord
+    | LogRecord
+    | RunRecord
+    | RecordingRecord
+    | CommandRecord
+    | StatusRecord
+)
+"""What is published."""
+
+
 class Acknowledged(_Record, tag="acknowledged", kw_only=True):
     """A stage's answer to Apply."""
 
@@ -260,8 +474,18 @@ class Heartbeat(_Record, tag="heartbeat", kw_only=True):
     """Reports that could not be sent, because the supervisor did not read them."""
 
 
-Report = StageRecord | TimingRecord | TextRecord | XrunRecord | LogRecord | Acknowledged | Finished | Heartbeat
-"""What a stage tells the supervisor."""
+Report = (
+    StageRecord
+    | TimingRecord
+    | TextRecord
+    | XrunRecord
+    | LogRecord
+    | RecordingRecord
+    | Acknowledged
+    | Finished
+    | Heartbeat
+)
+"""What a stage, or the recorder, tells the supervisor."""
 
 
 class Start(Struct, tag_field="type", tag="start"):
@@ -287,8 +511,8 @@ Order = Start | Finish | Stop | Apply
 """What the supervisor tells a stage."""
 
 
-def topic(record: Report) -> str | None:
-    """The event topic of a stage's report, or None if it is for the supervisor alone."""
+def topic(record: Report | Event) -> str | None:
+    """The event topic of a record, or None if it is for the supervisor alone."""
     match record:
         case StageRecord(stage=stage):
             return f"state.{stage}"
@@ -300,7 +524,20 @@ def topic(record: Report) -> str | None:
             return "text"
         case XrunRecord():
             return "xrun"
+        case RunRecord():
+            return "state.run"
+        case RecordingRecord():
+            return "state.recording"
+        case CommandRecord():
+            return "command"
+        case StatusRecord():
+            return "status"
     return None
+
+
+def dbfs(value: float) -> float:
+    """A sample's size, 0 to 1, in decibels of full scale: 20 log10, no less than SILENCE_DBFS."""
+    return max(SILENCE_DBFS, 20 * math.log10(value)) if value > 0 else SILENCE_DBFS
 
 
 encode: Final = msgspec.json.Encoder().encode
@@ -308,3 +545,4 @@ decode_command: Final = msgspec.json.Decoder(AnyCommand).decode
 decode_reply: Final = msgspec.json.Decoder(Reply).decode
 decode_report: Final = msgspec.json.Decoder(Report).decode
 decode_order: Final = msgspec.json.Decoder(Order).decode
+decode_event: Final = msgspec.json.Decoder(Event).decode

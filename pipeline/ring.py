@@ -62,6 +62,7 @@ _POSITION_AT: Final = 17
 _RESERVED_AT: Final = 18
 _END_AT: Final = 19
 _MARK_COUNT_AT: Final = 20
+_PAUSED_AT: Final = 21
 _ANCHOR_VERSION_AT: Final = 32
 _ANCHOR_POSITION_AT: Final = 33
 _ANCHOR_NS_AT: Final = 34
@@ -260,6 +261,11 @@ class Ring:
         return None if end == _NO_END else end
 
     @property
+    def paused(self) -> bool:
+        """Whether the writer writes nothing, and means it."""
+        return bool(self.words[_PAUSED_AT])
+
+    @property
     def mark_count(self) -> int:
         """Marks made so far. In the rings `capture` and `playback` mark `i` belongs to the frame at `i * FRAME`."""
         return self.words[_MARK_COUNT_AT]
@@ -352,6 +358,7 @@ class RingWriter:
         words[_LEDGER_VERSION_AT] += words[_LEDGER_VERSION_AT] & 1
         words[_MARK_COUNT_AT] = min(words[_MARK_COUNT_AT], words[_POSITION_AT] // FRAME)
         words[_END_AT] = _NO_END
+        words[_PAUSED_AT] = 0
         membar.wmb()
         words[_GENERATION_AT] += 1
 
@@ -434,6 +441,10 @@ class RingWriter:
         """End the change that `begin` began."""
         membar.wmb()
         self._words[_LEDGER_VERSION_AT] += 1
+
+    def pause(self, paused: bool) -> None:
+        """Say that the silence that follows is meant, or that it is over."""
+        self._words[_PAUSED_AT] = paused
 
     def end(self) -> None:
         """Say that nothing follows the samples written so far."""

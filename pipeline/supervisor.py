@@ -23,7 +23,6 @@ from pipeline.config import Config
 from pipeline.control import Hub
 from pipeline.errors import PipelineError
 from pipeline.messages import (
-    CARRIED_OUT_BY,
     Accounting,
     Acknowledged,
     AnyCommand,
@@ -185,6 +184,7 @@ class Supervisor:
         self._refused = False  # by a stage, before anything began
         self._finishing = False
         self._muted = False
+        self._paused = False
         self._keep_logs = False
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
         self._mic_to_speaker = Durations()
@@ -550,7 +550,7 @@ class Supervisor:
             self._farewells.append(address)
             self._end()
         else:
-            name = CARRIED_OUT_BY[type(command)]
+            name = messages.carried_out_by(command)[0]
             stage = self._stages[name]
             if stage.state != "running":
                 error = f"{name} is {stage.state}, not running"
@@ -574,6 +574,10 @@ class Supervisor:
             name=self._folder.name,
             pid=os.getpid(),
             muted=self._muted,
+            paused=self._paused,
+            recording=None,
+            settings=self._config,
+            time_ns=self._clock(),
             state=self._state,
             engine=self._config.engine,
             uptime_s=(self._clock() - self._began_ns) / NS_PER_S,
