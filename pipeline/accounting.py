@@ -2,7 +2,7 @@
 
 from pipeline.messages import Accounting, Xruns
 from pipeline.ring import Anchor, Ring
-from pipeline.topology import SAMPLE_RATE
+from pipeline.topology import FRAME, SAMPLE_RATE, StageName
 
 _DRIFT_AFTER_S = 30
 """Before that the jitter of the anchors is more than any drift."""
@@ -31,6 +31,17 @@ def read(capture: Ring, playback: Ring, heard: Ring) -> tuple[Accounting, Xruns]
         cleaned_answers=out.cleaned,
     )
     return accounting, Xruns(capture=mic.xruns, playback=sent.xruns)
+
+
+def next_frame(stage: StageName, capture: Ring, playback: Ring, heard: Ring) -> int:
+    """The microphone frame that `stage` comes to next, as its timing records number them."""
+    if stage == "capture":
+        return capture.position // FRAME
+    if stage == "inference":
+        ledger = capture.ledger()
+        return (ledger.consumed + ledger.dropped) // FRAME
+    last = heard.mark(heard.mark_count - 1)
+    return 0 if last is None else last.frame + 1
 
 
 class Drift:

@@ -1,5 +1,6 @@
 """What is done to samples on their way: made fit for the codec, faded, resampled. No device and no file is opened."""
 
+import math
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,12 @@ def make_fit(samples: Samples) -> int:
     np.nan_to_num(samples, copy=False, nan=0.0, posinf=FULL_SCALE, neginf=-FULL_SCALE)
     np.clip(samples, -FULL_SCALE, FULL_SCALE, out=samples)
     return int(np.count_nonzero(wrong))
+
+
+def level(samples: Samples) -> tuple[float, float]:
+    """The root mean square of `samples`, shape (n,), n at least 1, and the largest of them without its sign."""
+    power = float(np.dot(samples, samples)) / len(samples)
+    return math.sqrt(power), float(max(samples.max(), -samples.min()))
 
 
 def rising(length: int = FADE) -> Samples:

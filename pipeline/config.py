@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
@@ -154,41 +155,65 @@ def load(path: Path | None, overrides: dict[str, Any]) -> Config:
         path = DEFAULT_FILE
     data = _read(path) if path is not None else {}
     config = _convert(data, str(path))
-    merged = msgspec.to_builtins(config)
-    for key, value in overrides.items():
-        *tables, last = key.split(".")
-        table = merged
-        for name in tables:
-            if not isinstance(table.get(name), dict):
-                raise ConfigError(f"command line: {key}: unknown key")
-            table = table[name]
-        table[last] = value
-    config = _convert(merged, "command line")
+    config = _override(config, overrides, "command line")
     source, sink = config.capture.input, config.playback.output
     read, written = _file(source), _file(sink)
     if read is not None and written is not None and same_file(read, written):
         raise ConfigError(f"playback.output = {sink!r}: expected another file than the input")
     if config.offline:
         _check_files(config)
-    _check_cuts(config.sampler, str(path or "defaults"))
-    inference = config.inference
-    if inference.backlog_limit < inference.backlog_target:
-        raise ConfigError(
-            f"{path or 'defaults'}: inference.backlog_limit = {inference.backlog_limit}: "
-            f"expected at least inference.backlog_target, {inference.backlog_target}"
-        )
+    _check(config, str(path or "defaults"))
     return config
 
 
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The settings with `values`, by dotted key, while they are in force; of a kind's three cuts the new one counts.
+
+    Raises ConfigError.
+    """
+    new = dict(values)
+    for cuts in _CUTS:
+        if any(values.get(key) is not None for key in cuts):
+            new = dict.fromkeys(cuts) | new
+    config = _override(config, new, "set")
+    _check(config, "set")
+    return config
+
+
+def _override(config: Config, values: Mapping[str, Any], source: str) -> Config:
+    merged = msgspec.to_builtins(config)
+    for key, value in values.items():
+        *tables, last = key.split(".")
+        table = merged
+        for name in tables:
+            if not isinstance(table.get(name), dict):
+                raise ConfigError(f"{source}: {key}: unknown key")
+            table = table[name]
+        table[last] = value
+    return _convert(merged, source)
+
+
+def _check(config: Config, source: str) -> None:
+    """What no single key can tell."""
+    _check_cuts(config.sampler, source)
+    inference = config.inference
+    if inference.backlog_limit < inference.backlog_target:
+        raise ConfigError(
+            f"{source}: inference.backlog_limit = {inference.backlog_limit}: "
+            f"expected at least inference.backlog_target, {inference.backlog_target}"
+        )
+
+
+_CUTS: Final = [[f"sampler.{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")] for kind in ("text", "audio")]
+"""Of which at most one is set."""
+
+
 def _check_cuts(sampler: SamplerConfig, source: str) -> None:
-    for kind in ("text", "audio"):
-        names = [f"{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")]
-        given = [name for name in names if getattr(sampler, name) is not None]
+    values = {f"sampler.{name}": getattr(sampler, name) for name in sampler.__struct_fields__}
+    for cuts in _CUTS:
+        given = [key for key in cuts if values[key] is not None]
         if len(given) > 1:
-            raise ConfigError(
-                f"{source}: sampler.{given[1]} = {getattr(sampler, given[1])}: expected to be unset, "
-                f"as sampler.{given[0]} is set"
-            )
+            raise ConfigError(f"{source}: {given[1]} = {values[given[1]]}: expected to be unset, as {given[0]} is set")
 
 
 def _check_files(config: Config) -> None:

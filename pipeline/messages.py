@@ -60,13 +60,13 @@ class Set(Command, kw_only=True):
     """
 
     text_temperature: Temperature | UnsetType = UNSET
-    text_top_k: Count | None | UnsetType = UNSET
-    text_top_p: Probability | None | UnsetType = UNSET
-    text_min_p: Probability | None | UnsetType = UNSET
+    text_top_k: Count | UnsetType | None = UNSET
+    text_top_p: Probability | UnsetType | None = UNSET
+    text_min_p: Probability | UnsetType | None = UNSET
     audio_temperature: Temperature | UnsetType = UNSET
-    audio_top_k: Count | None | UnsetType = UNSET
-    audio_top_p: Probability | None | UnsetType = UNSET
-    audio_min_p: Probability | None | UnsetType = UNSET
+    audio_top_k: Count | UnsetType | None = UNSET
+    audio_top_p: Probability | UnsetType | None = UNSET
+    audio_min_p: Probability | UnsetType | None = UNSET
     backlog_target: Frames | UnsetType = UNSET
     backlog_limit: Frames | UnsetType = UNSET
     volume: Volume | UnsetType = UNSET
@@ -151,11 +151,8 @@ def carried_out_by(command: Command) -> list[StageName]:
             return ["playback"]
         case Set():
             sections = {ALTERS[name].partition(".")[0] for name in given(command)}
-            return [
-                stage
-                for stage, own in (("inference", {"sampler", "inference"}), ("playback", {"playback"}))
-                if sections & own
-            ]
+            stages: list[StageName] = ["inference"] if sections & {"sampler", "inference"} else []
+            return [*stages, "playback"] if "playback" in sections else stages
     return []
 
 
@@ -170,14 +167,17 @@ class StageStatus(Struct, kw_only=True):
 
     state: StageState
     pid: int | None
+    """Of its process, while there is one."""
     restarts: int
+    """How often it was started again, after it had died or by the command `restart`."""
     detail: str = ""
-    """The device, file or model it works with."""
+    """The device, file or model it works with; where its state is `fatal`, why."""
     device_latency_ms: float = 0.0
     """What the audio device reports as its own latency, from or to its converter."""
     lost_reports: int = 0
     """Reports of it that never reached the supervisor."""
     memory_mb: float = 0.0
+    """Resident."""
     cpu_s: float = 0.0
     """Processor time used since the stage's start."""
 
@@ -187,15 +187,25 @@ class Accounting(Struct, kw_only=True):
     sent = played + concealed."""
 
     captured: int = 0
+    """Samples that came from the microphone."""
     stepped: int = 0
+    """Samples of it that the engine took."""
     dropped: int = 0
+    """Samples of it that the engine never saw: it was paused or had fallen behind, or they were overwritten."""
     waiting_in: int = 0
+    """Samples of it that the engine may still take."""
     generated: int = 0
+    """Samples that the engine answered."""
     played: int = 0
+    """Samples of the answer that were sent to the speaker."""
     skipped: int = 0
+    """Samples of the answer that never will be: too many were waiting, or they were overwritten."""
     waiting_out: int = 0
+    """Samples of the answer that may still be played."""
     sent: int = 0
+    """Samples that the speaker was sent, of the answer or not."""
     concealed: int = 0
+    """Samples that it was sent in place of an answer: fades and silence, before the first answer too."""
     gaps: int = 0
     """Times that concealment began after the first frame was played."""
     cleaned: int = 0
@@ -221,6 +231,7 @@ class Spread(Struct, kw_only=True):
     """How a duration is spread over a run's frames, in ms."""
 
     frames: int = 0
+    """That were measured; the percentiles and the maximum are of these."""
     p50_ms: float = 0.0
     p95_ms: float = 0.0
     p99_ms: float = 0.0
@@ -232,6 +243,7 @@ class StageSpread(Spread, kw_only=True):
 
     budget_ms: float = 80.0
     late: int = 0
+    """Frames that took longer."""
 
 
 class Timing(Struct, kw_only=True):
@@ -266,6 +278,7 @@ class StatusReport(Struct, kw_only=True):
     state: RunState
     engine: str
     uptime_s: float
+    """Since the run was asked for, its stages' loading included."""
     time_ns: int
     """When this was read."""
     paused: bool
@@ -320,7 +333,9 @@ class StageRecord(_Record, tag="state", kw_only=True):
     stage: StageName
     state: StageState
     detail: str = ""
+    """The device, file or model it works with; where its state is `fatal`, why."""
     device_latency_ms: float = 0.0
+    """What the audio device reports as its own latency, from or to its converter."""
     time_ns: int = 0
 
 
@@ -335,6 +350,7 @@ class TimingRecord(_Record, tag="timing", kw_only=True):
     frame: int
     """The microphone frame that this one is, or answers."""
     start_ns: int
+    """When what was said above began."""
     end_ns: int
     queued: int
     """Frames waiting for this stage when it began."""
@@ -353,16 +369,19 @@ class TimingRecord(_Record, tag="timing", kw_only=True):
     prebuffer_ms: float = 0.0
     """Playback: how long a frame waits after silence, so that the next may be as late."""
     level_dbfs: float = SILENCE_DBFS
-    """Capture, playback: root mean square of the frame's samples; 0 is a square wave at full scale."""
+    """Root mean square; 0 is a square wave at full scale. Capture: of the frame's samples. Playback: of what was sent
+    in the 80 ms before the frame."""
     peak_dbfs: float = SILENCE_DBFS
-    """Capture, playback: the largest sample."""
+    """The largest of the same samples."""
 
 
 class TextRecord(_Record, tag="text", kw_only=True):
     """Topic text: the model's words as they come."""
 
     frame: int
+    """The microphone frame that they answer."""
     text: str
+    """As it is to be joined to what came before: a space begins a new word."""
     time_ns: int
 
 
@@ -371,8 +390,10 @@ class XrunRecord(_Record, tag="xrun", kw_only=True):
 
     stage: StageName
     kind: Literal["xrun", "gap", "dropped"]
+    """`xrun`: the device reported an over- or underrun. `gap`: concealment began. `dropped`: frames of the microphone
+    that the engine never sees."""
     count: int
-    """How many since the last record of this kind."""
+    """How many since the last record of this kind: times, or frames where they were dropped."""
     time_ns: int
 
 
@@ -380,6 +401,7 @@ class LogRecord(_Record, tag="log", kw_only=True):
     """Topic log.<stage>: a line for people."""
 
     stage: str
+    """Who says it: a stage, `recorder` or `supervisor`."""
     level: LogLevel
     message: str
     time_ns: int
@@ -402,6 +424,7 @@ class RecordingRecord(_Record, tag="recording", kw_only=True):
     """Topic state.recording: a recording began or ended."""
 
     path: str
+    """The sound file."""
     transcript: str
     """The file of the words beside it."""
     on: bool
@@ -421,9 +444,12 @@ class CommandRecord(_Record, tag="command", kw_only=True):
 
     verb: str
     values: dict[str, Any] = {}
+    """The command's fields, those that were given."""
     ok: bool
     effects: list[Effect] = []
+    """What it did, as in the reply."""
     error: str = ""
+    """What was wrong, if not ok."""
     start_ns: int
     """When it came."""
     end_ns: int

@@ -14,7 +14,7 @@ import platformdirs
 
 from pipeline import ring
 from pipeline.errors import ConfigError, ControlError
-from pipeline.topology import PROCESSES, RINGS
+from pipeline.topology import PROCESSES, RECORDER, RINGS
 
 SOCKET_PATH_MAX: Final = 103
 """Bytes that a socket's path may have on macOS, where sun_path is 104 with the NUL."""
@@ -190,8 +190,9 @@ class RunFolder:
     def _files(self) -> list[Path]:
         """All that a run puts into its folder, the lock aside. Nothing else in it is ever removed."""
         bells = [self.bell(spec.name) for spec in RINGS]
-        logs = [self.log(process.name) for process in PROCESSES]
-        return [self.control, self.events, self.stages, self.settings, *bells, *logs]
+        logs = [self.log(program.name) for program in (*PROCESSES, RECORDER)]
+        unfinished = self.settings.with_suffix(".new")
+        return [self.control, self.events, self.stages, self.settings, unfinished, *bells, *logs]
 
     def release(self, *, keep_logs: bool = False) -> None:
         """Clear everything, the folder with it unless logs are kept, and let go of the lock."""

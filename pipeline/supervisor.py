@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -19,39 +20,53 @@ import psutil
 from pipeline import accounting, messages
 from pipeline import config as settings
 from pipeline.bell import Bell
+from pipeline.commands import Asked, Requests
 from pipeline.config import Config
 from pipeline.control import Hub
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.flight import FlightRecorder
 from pipeline.messages import (
     Accounting,
     Acknowledged,
     AnyCommand,
     Apply,
+    Event,
     Finish,
     Finished,
     Heartbeat,
+    Input,
     LogLevel,
     LogRecord,
     Mute,
-    Reply,
+    Output,
+    Pause,
+    Record,
+    RecordingRecord,
+    Restart,
+    Resume,
+    RunRecord,
     RunState,
+    Set,
     Shutdown,
     StageRecord,
     StageState,
     StageStatus,
     Start,
     Status,
+    StatusRecord,
     StatusReport,
     Stop,
     TextRecord,
     Timing,
     TimingRecord,
+    Trace,
     Unmute,
 )
+from pipeline.recording import Recording
 from pipeline.ring import Ring
 from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
-from pipeline.topology import FRAME_MS, PROCESSES, RINGS, SAMPLE_RATE, Process, StageName
+from pipeline.topology import FRAME_MS, PROCESSES, RECORDER, RINGS, SAMPLE_RATE, Process, StageName, Tap
 
 EXIT_REFUSED: Final = 2
 """Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
@@ -65,6 +80,15 @@ DRAIN_S: Final = 5.0
 ANSWER_S: Final = 2.0
 """How long a stage may take to acknowledge a command."""
 
+SWITCH_S: Final = 4.5
+"""The same where a device has to be opened for it."""
+
+RESTART_S: Final = 120.0
+"""The same where a model may have to be loaded."""
+
+STATUS_S: Final = 1.0
+"""How often the status is published, while somebody listens."""
+
 RESTARTS_MAX: Final = 8
 """Restarts of one stage, with no healthy time between them, after which the run is given up."""
 
@@ -74,17 +98,24 @@ HEALTHY_S: Final = 120.0
 BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_LAST_S: Final = 32.0
 
+CLOSE_S: Final = 0.5
+"""How long a recorder may take to close its file at the end of the run."""
+
 _ORPHANS_S: Final = 2.0
 _IDLE_S: Final = 1.0
 _MEBI: Final = 1 << 20
 
-Launch = Callable[[Process, RunFolder, int], "subprocess.Popen[bytes]"]
+Launch = Callable[..., "subprocess.Popen[bytes]"]
 
 
-def launch(process: Process, folder: RunFolder, alive: int) -> "subprocess.Popen[bytes]":
-    """Start a stage. `alive` is a pipe's read end: it closes when this process ends, however it ends."""
+def launch(process: Process | Tap, folder: RunFolder, alive: int, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Start a stage, or the recorder.
+
+    `alive` is a pipe's read end: it closes when this process ends, however it ends.
+    """
     # -P: what lies in the folder that the user happens to be in is not to be imported.
     command = [sys.executable, "-P", "-m", process.module, "--name", folder.name, "--supervised", str(alive)]
+    command += arguments
     with open(folder.log(process.name), "ab", opener=private) as log:
         return subprocess.Popen(
             command,
@@ -115,6 +146,10 @@ class _StageProcess:
     was_ready: bool = False
     was_running: bool = False
     """Since its last start."""
+    restart: Asked | None = None
+    """The command that it is ended and started again for."""
+    kill_at_ns: int | None = None
+    """When it is to be killed if it has not ended by itself."""
     durations: Durations = field(default_factory=Durations)
 
     @property
@@ -137,24 +172,6 @@ class _StageProcess:
                 times = process.cpu_times()
                 status.cpu_s = times.user + times.system
         return status
-
-
-@dataclass
-class _Waiting:
-    """A client whose command a stage is carrying out."""
-
-    address: list[bytes]
-    command: AnyCommand
-    verb: str
-    stage: StageName
-    until_ns: int
-
-    def reply(self, acknowledged: Acknowledged) -> Reply:
-        frame, error = acknowledged.frame, acknowledged.error
-        return Reply(ok=not error, verb=self.verb, stage=self.stage, frame=frame, error=error)
-
-    def refusal(self, why: str) -> Reply:
-        return Reply(ok=False, verb=self.verb, stage=self.stage, error=why)
 
 
 class Supervisor:
@@ -189,9 +206,9 @@ class Supervisor:
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
         self._mic_to_speaker = Durations()
         self._drift = accounting.Drift()
-        self._waiting: dict[int, _Waiting] = {}
-        self._requests = 0
-        self._farewells: list[list[bytes]] = []
+        self._farewells: list[Asked] = []
+        self._flight = FlightRecorder()
+        self._status_at_ns = 0
         self._began_ns = clock()
         self._stop_at_ns: int | None = None
         self._drained_by_ns: int | None = None
@@ -199,6 +216,8 @@ class Supervisor:
         """When the stages were told to run, once they were."""
         self._rings: dict[str, Ring] = {}
         self._hub: Hub | None = None
+        self._requests: Requests | None = None
+        self._recording: Recording | None = None
         self.final: StatusReport | None = None
         """The status when the run had ended."""
 
@@ -207,6 +226,18 @@ class Supervisor:
         if self._hub is None:
             raise RuntimeError("the run has not begun")
         return self._hub
+
+    @property
+    def requests(self) -> Requests:
+        if self._requests is None:
+            raise RuntimeError("the run has not begun")
+        return self._requests
+
+    @property
+    def recording(self) -> Recording:
+        if self._recording is None:
+            raise RuntimeError("the run has not begun")
+        return self._recording
 
     def run(self) -> int:
         """Carry out the run; returns its exit code: 0 if it was clean.
@@ -272,10 +303,28 @@ class Supervisor:
         for spec in RINGS:
             self._rings[spec.name] = Ring.create(self._folder.segment(spec.name), self._config.ring_seconds)
         Bell(self._folder.bell("capture")).close()
-        with open(self._folder.settings, "wb", opener=private) as file:
-            file.write(settings.encode(self._config))
+        self._save_settings()
         self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages)
         self._hub.watch(self._signal_read)
+        self._requests = Requests(self._hub, self._clock, self._publish, self._take_effect)
+        self._recording = Recording(
+            self._requests,
+            launch=self._launch_recorder,
+            stop=lambda: self.hub.order(RECORDER.name, Stop()),
+            publish=self._publish,
+        )
+        self._tell_run()
+
+    def _save_settings(self) -> None:
+        """For the stages: each reads them when it starts, and when it is started again."""
+        new = self._folder.settings.with_suffix(".new")
+        with open(new, "wb", opener=private) as file:
+            file.write(settings.encode(self._config))
+        new.replace(self._folder.settings)
+
+    def _launch_recorder(self, path: Path, position: int) -> "subprocess.Popen[bytes]":
+        arguments = ("--path", str(path), "--position", str(position))
+        return self._launch(RECORDER, self._folder, self._alive_read, *arguments)
 
     def _catch_signals(self) -> None:
         self._signal_write.setblocking(False)
@@ -292,8 +341,26 @@ class Supervisor:
 
     def _end(self, error: str = "") -> None:
         """Let the loop end; the first error is the run's."""
-        self._state = "stopping"
         self._error = self._error or error
+        self._set_run_state("stopping")
+
+    def _set_run_state(self, state: RunState) -> None:
+        self._state = state
+        self._tell_run()
+
+    def _tell_run(self) -> None:
+        """What everybody may know of the run."""
+        self._publish(
+            RunRecord(
+                name=self._folder.name,
+                pid=os.getpid(),
+                state=self._state,
+                muted=self._muted,
+                paused=self._paused,
+                engine=self._config.engine,
+                time_ns=self._clock(),
+            )
+        )
 
     def _stop_stages(self) -> None:
         for stage in self._stages.values():
@@ -310,6 +377,7 @@ class Supervisor:
             self._wait(left_s)
             self._read_reports()
             self._read_commands()
+        self.recording.close(CLOSE_S)
         self._read_reports()
         for stage in self._stages.values():
             if stage.popen is None:
@@ -325,14 +393,12 @@ class Supervisor:
                 self._log("error", f"{stage.process.name} {how}")
             if stage.state != "fatal":
                 self._set_state(stage, "stopped")
-        self._state = "stopped"
+        self._set_run_state("stopped")
 
     def _farewell(self) -> None:
-        for waiting in self._waiting.values():
-            error = f"the run ended before {waiting.stage} acknowledged {waiting.verb}"
-            self.hub.reply(waiting.address, waiting.refusal(error))
-        for address in self._farewells:
-            self.hub.reply(address, Reply(ok=True, verb="shutdown", status=self.final))
+        self.requests.close()
+        for asked in self._farewells:
+            self.requests.answer(asked, status=self.final)
 
     def _clear(self) -> None:
         os.close(self._alive_write)
@@ -358,6 +424,7 @@ class Supervisor:
         self._read_commands()
         self._see_deaths()
         self._keep_deadlines()
+        self._tell_status()
         self._guarded(self._on_turn)
 
     def _wait(self, timeout_s: float) -> None:
@@ -367,8 +434,9 @@ class Supervisor:
 
     def _next_deadline_s(self) -> float:
         deadlines = [stage.restart_at_ns for stage in self._stages.values() if stage.state == "backoff"]
-        deadlines += [waiting.until_ns for waiting in self._waiting.values()]
-        deadlines += [at for at in (self._stop_at_ns, self._drained_by_ns) if at is not None]
+        deadlines += [stage.kill_at_ns for stage in self._stages.values() if stage.kill_at_ns is not None]
+        others = (self._stop_at_ns, self._drained_by_ns, self.requests.deadline_ns())
+        deadlines += [at for at in others if at is not None]
         if not deadlines:
             return _IDLE_S
         return min(_IDLE_S, max(0.0, (min(deadlines) - self._clock()) / NS_PER_S))
@@ -378,11 +446,11 @@ class Supervisor:
         for stage in self._stages.values():
             if stage.state == "backoff" and now >= stage.restart_at_ns:
                 self._spawn(stage)
-        for request, waiting in list(self._waiting.items()):
-            if now >= waiting.until_ns:
-                del self._waiting[request]
-                error = f"{waiting.stage} did not acknowledge {waiting.verb} within {ANSWER_S:g} s"
-                self.hub.reply(waiting.address, waiting.refusal(error))
+            if stage.kill_at_ns is not None and now >= stage.kill_at_ns and stage.popen is not None:
+                stage.kill_at_ns = None
+                self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
+                stage.popen.kill()
+        self.requests.give_up()
         if self._stop_at_ns is not None and now >= self._stop_at_ns:
             self._stop_at_ns = None
             self._finishing = True
@@ -395,9 +463,23 @@ class Supervisor:
             error = f"the input has ended, but for {DRAIN_S:g} s no frame of it was answered or played"
             self._end("" if played else error)
 
+    def _tell_status(self) -> None:
+        """Publish the status every second, and at once to whoever has just come."""
+        now = self._clock()
+        if (self.hub.joined() or now >= self._status_at_ns) and self.hub.is_wanted("status"):
+            self._status_at_ns = now + round(STATUS_S * NS_PER_S)
+            self._publish(StatusRecord(status=self.status()))
+
     def _see_deaths(self) -> None:
+        self.recording.see_death(self._clock(), _how_it_ended)
         for stage in self._stages.values():
             if stage.popen is None or stage.alive or stage.state == "backoff" or self._state == "stopping":
+                continue
+            if stage.restart is not None and stage.was_running:
+                stage.kill_at_ns = None
+                stage.was_running = False
+                stage.restarts += 1
+                self._spawn(stage)
                 continue
             self._clean = False
             name, code = stage.process.name, stage.popen.returncode
@@ -406,6 +488,9 @@ class Supervisor:
             self._keep_logs = self._keep_logs or said
             where = f"; its messages are in {log}" if said else ""
             how = f"{name}: {stage.detail}" if stage.state == "fatal" else f"{name} {_how_it_ended(code)}{where}"
+            if stage.restart is not None:
+                self.requests.refuse(stage.restart, how, name)
+                stage.restart = None
             if not stage.was_ready:
                 self._refused = stage.state == "fatal"
                 self._end(how if self._refused else f"{how}, before it was ready")
@@ -434,7 +519,7 @@ class Supervisor:
                 self._log("warning", f"a stage's report was not understood: {error}")
                 continue
             if (topic := messages.topic(report)) is not None:
-                self.hub.publish(topic, data)
+                self._publish_data(topic, data)
             match report:
                 case TimingRecord():
                     self._time(report)
@@ -445,11 +530,12 @@ class Supervisor:
                 case LogRecord(stage=stage, level=level, message=message):
                     self._clean = self._clean and level != "error"
                     self._tell(stage, level, message)
-                case Acknowledged(request=request) if request in self._waiting:
-                    waiting = self._waiting.pop(request)
-                    if not report.error and isinstance(waiting.command, Mute | Unmute):
-                        self._muted = isinstance(waiting.command, Mute)
-                    self.hub.reply(waiting.address, waiting.reply(report))
+                case Acknowledged():
+                    self.requests.acknowledged(report)
+                case RecordingRecord():
+                    self.recording.said(report)
+                    if report.error:
+                        self._tell("supervisor", "warning", f"the recording has ended: {report.error}")
                 case Heartbeat(stage=name):
                     self._stages[name].device_latency_ms = report.device_latency_ms
                     self._stages[name].lost_reports = report.lost_reports
@@ -474,19 +560,24 @@ class Supervisor:
         stage.state = record.state
         stage.detail = record.detail
         stage.device_latency_ms = record.device_latency_ms
+        if record.state == "running" and stage.restart is not None:
+            asked, stage.restart = stage.restart, None
+            self.requests.carried_out(asked, record.stage, accounting.next_frame(record.stage, **self._rings))
         if record.state != "ready":
             return
         stage.was_ready = True
         stage.ready_ns = self._clock()
         if self._state == "running":
             self._tell(record.stage, "info", f"ready again: {record.detail}")
+            # Before Start: not one block of it is to be heard.
             if record.stage == "capture" and self._muted:
-                # Before Start: not one block of it is to be heard.
                 self.hub.order("capture", Apply(request=0, command=Mute()))
+            if record.stage == "inference" and self._paused:
+                self.hub.order("inference", Apply(request=0, command=Pause()))
             ending = record.stage == "capture" and (self._finishing or stage.finished)
             self.hub.order(record.stage, Finish() if ending else Start())
         elif self._state == "starting" and all(other.state == "ready" for other in self._stages.values()):
-            self._state = "running"
+            self._set_run_state("running")
             self.running_ns = self._clock()
             for process in PROCESSES:
                 self._tell(process.name, "info", f"ready: {self._stages[process.name].detail}")
@@ -509,13 +600,21 @@ class Supervisor:
     def _set_state(self, stage: _StageProcess, state: StageState) -> None:
         """A change that the stage cannot report itself."""
         stage.state = state
-        record = StageRecord(stage=stage.process.name, state=state, detail=stage.detail, time_ns=self._clock())
-        self.hub.publish(f"state.{stage.process.name}", messages.encode(record))
+        self._publish(StageRecord(stage=stage.process.name, state=state, detail=stage.detail, time_ns=self._clock()))
 
     def _log(self, level: LogLevel, message: str) -> None:
-        record = LogRecord(stage="supervisor", level=level, message=message, time_ns=self._clock())
-        self.hub.publish("log.supervisor", messages.encode(record))
+        self._publish(LogRecord(stage="supervisor", level=level, message=message, time_ns=self._clock()))
         self._tell("supervisor", level, message)
+
+    def _publish(self, record: Event) -> None:
+        topic = messages.topic(record)
+        if topic is not None:
+            self._publish_data(topic, messages.encode(record))
+
+    def _publish_data(self, topic: str, data: bytes) -> None:
+        self.hub.publish(topic, data)
+        if topic != "status":  # which repeats what the others say
+            self._flight.add(topic, data, self._clock())
 
     def _tell(self, stage: str, level: LogLevel, message: str) -> None:
         self._guarded(self._on_log, stage, level, message)
@@ -532,34 +631,85 @@ class Supervisor:
     # What clients ask
 
     def _read_commands(self) -> None:
-        for address, data in self.hub.commands():
+        for asked in self.requests.read():
             try:
-                command = messages.decode_command(data)
-            except (msgspec.MsgspecError, RecursionError) as error:
-                known = ", ".join(messages.VERBS)
-                text = f'not a command: {error}; expected JSON such as {{"verb": "status"}}, with one of {known}'
-                self.hub.reply(address, Reply(ok=False, error=text))
-                continue
-            self._carry_out(address, command)
+                self._carry_out(asked)
+            except ConfigError as error:
+                self.requests.refuse(asked, str(error))
 
-    def _carry_out(self, address: list[bytes], command: AnyCommand) -> None:
-        verb = type(command).__name__.lower()
-        if isinstance(command, Status):
-            self.hub.reply(address, Reply(ok=True, verb=verb, status=self.status()))
-        elif isinstance(command, Shutdown):
-            self._farewells.append(address)
-            self._end()
-        else:
-            name = messages.carried_out_by(command)[0]
-            stage = self._stages[name]
-            if stage.state != "running":
-                error = f"{name} is {stage.state}, not running"
-                self.hub.reply(address, Reply(ok=False, verb=verb, stage=name, error=error))
+    def _carry_out(self, asked: Asked) -> None:
+        command = asked.command
+        if self._config.offline and isinstance(command, Input | Output | Record | Restart):
+            raise ConfigError(f"{asked.verb}: expected a run in real time, and this one goes from file to file")
+        match command:
+            case Status():
+                self.requests.answer(asked, status=self.status())
+            case Trace(seconds=seconds):
+                since_ns = 0 if seconds is None else self._clock() - round(seconds * NS_PER_S)
+                self.requests.answer(asked, records=self._flight.since(since_ns))
+            case Shutdown():
+                self._farewells.append(asked)
+                self._end()
+            case Restart(stage=name):
+                self._restart(asked, self._stages[name])
+            case Record():
+                if self._state != "running":
+                    raise ConfigError(f"the run is {self._state}, not running")
+                self.recording.carry_out(asked, command, self._rings["capture"].position)
+            case _:
+                self._pass_on(asked)
+
+    def _pass_on(self, asked: Asked) -> None:
+        """Have the stages carry it out that it is for: all of them, or none if one could not."""
+        command = asked.command
+        if isinstance(command, Set):
+            self._changed(command)  # refuses what is wrong before any stage sees it
+        stages = messages.carried_out_by(command)
+        for name in stages:
+            state = self._stages[name].state
+            if state != "running":
+                self.requests.refuse(asked, f"{name} is {state}, not running", name)
                 return
-            self._requests += 1
-            until_ns = self._clock() + round(ANSWER_S * NS_PER_S)
-            self._waiting[self._requests] = _Waiting(address, command, verb, name, until_ns)
-            self.hub.order(name, Apply(request=self._requests, command=command))
+        self.requests.order(asked, stages, SWITCH_S if isinstance(command, Input | Output) else ANSWER_S)
+
+    def _changed(self, command: Set) -> Config:
+        values = messages.given(command)
+        if not values:
+            raise ConfigError(f"set: expected at least one of {', '.join(messages.ALTERS)}")
+        return settings.changed(self._config, {messages.ALTERS[name]: value for name, value in values.items()})
+
+    def _take_effect(self, command: AnyCommand) -> None:
+        """What the stages have carried out holds for those that will be started again."""
+        match command:
+            case Mute() | Unmute():
+                self._muted = isinstance(command, Mute)
+                self._tell_run()
+            case Pause() | Resume():
+                self._paused = isinstance(command, Pause)
+                self._tell_run()
+            case Set():
+                self._config = self._changed(command)
+                self._save_settings()
+            case Input(spec=spec):
+                origin = self._rings["capture"].position
+                self._config = settings.changed(self._config, {"capture.input": spec, "capture.origin": origin})
+                self._save_settings()
+            case Output(spec=spec):
+                self._config = settings.changed(self._config, {"playback.output": spec})
+                self._save_settings()
+
+    def _restart(self, asked: Asked, stage: _StageProcess) -> None:
+        name = stage.process.name
+        if stage.restart is not None or stage.state not in ("running", "backoff"):
+            raise ConfigError(f"{name} is {stage.state}, not running")
+        stage.restart = asked
+        stage.strikes = 0
+        self.requests.wait(asked, name, RESTART_S)
+        if stage.state == "backoff":
+            self._spawn(stage)
+        else:
+            self.hub.order(name, Stop())
+            stage.kill_at_ns = self._clock() + round(STOP_S * NS_PER_S)
 
     @property
     def played_s(self) -> float:
@@ -575,7 +725,7 @@ class Supervisor:
             pid=os.getpid(),
             muted=self._muted,
             paused=self._paused,
-            recording=None,
+            recording=self.recording.path,
             settings=self._config,
             time_ns=self._clock(),
             state=self._state,
@@ -614,7 +764,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _is_stage_of(command: list[str], name: str) -> bool:
-    modules = {process.module for process in PROCESSES}
+    modules = {program.module for program in (*PROCESSES, RECORDER)}
     return "--supervised" in command and name in command and not modules.isdisjoint(command)
 
 

@@ -37,6 +37,15 @@ PROCESSES: Final = (
     Process("capture", "procs.capture"),
 )
 
+class Tap(NamedTuple):
+    """A program that reads rings and that no stage knows of, started when it is asked for."""
+
+    name: str
+    module: str
+
+
+RECORDER: Final = Tap("recorder", "procs.recorder")
+
 RINGS: Final = (
     RingSpec("capture", writer="capture", consumer="inference"),
     RingSpec("playback", writer="inference", consumer="playback"),

@@ -87,8 +87,12 @@ class Context:
 class Stage(Protocol):
     """One duty: opened once, then started, worked and stopped by the loop below."""
 
-    def open(self) -> str:
-        """Take the device, or load the model; returns a name for it. Raises PipelineError."""
+    @property
+    def detail(self) -> str:
+        """A name for the device that it has, or the model."""
+
+    def open(self) -> None:
+        """Take the device, or load the model. Raises PipelineError."""
 
     def start(self) -> None:
         """Begin to move samples."""
@@ -100,7 +104,10 @@ class Stage(Protocol):
         """End the stream here: what was taken so far is to be answered."""
 
     def apply(self, command: AnyCommand) -> int:
-        """Carry out a command; returns the frame from which on it has effect."""
+        """Carry out a command; returns the microphone frame from which on it has effect.
+
+        Raises PipelineError where it cannot be carried out and all is as it was, DeviceLostError where it is not.
+        """
 
     def stop(self) -> None:
         """Let go of everything. Called once, also when `open` failed."""
@@ -140,7 +147,8 @@ class _Worker:
         code = 0
         try:
             self._say("starting")
-            self._detail = self._stage.open()
+            self._stage.open()
+            self._detail = self._stage.detail
             self._opening = False
             # What was made so far lives as long as the process: not to be looked at again by a collection,
             # and there is nothing in the loop that makes cycles.
@@ -195,6 +203,20 @@ class _Worker:
         self._running = True
         self._say("running")
 
+    def _apply(self, request: int, command: AnyCommand) -> None:
+        """Carry out a command, or say why not."""
+        try:
+            frame = self._stage.apply(command)
+        except PipelineError as error:
+            self._context.report(Acknowledged(request=request, frame=-1, error=str(error)))
+            if isinstance(error, DeviceLostError):
+                raise
+            return
+        if self._stage.detail != self._detail:
+            self._detail = self._stage.detail
+            self._say("running")
+        self._context.report(Acknowledged(request=request, frame=frame))
+
     def _loop(self) -> None:
         link = self._link
         sources = [source for source in (self._stage.wakes(), _Descriptor(self._wake_read)) if source is not None]
@@ -215,7 +237,7 @@ class _Worker:
                     case Finish():
                         self._stage.finish()
                     case Apply(request=request, command=command):
-                        self._context.report(Acknowledged(request=request, frame=self._stage.apply(command)))
+                        self._apply(request, command)
                     case Stop():
                         return
             more = self._running and self._stage.work()

@@ -1,11 +1,11 @@
 """The capture stage: microphone samples, made fit for the codec, into the capture ring. Nothing else."""
 
 from pipeline import apple, worker
-from pipeline.audio import make_fit
+from pipeline.audio import level, make_fit
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceLostError
-from pipeline.messages import AnyCommand, Finished, Mute, TimingRecord, Unmute, XrunRecord
-from pipeline.ring import Anchor, RingWriter, Samples
+from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.messages import AnyCommand, Finished, Input, Mute, TimingRecord, Unmute, XrunRecord, dbfs
+from pipeline.ring import Anchor, RingReader, RingWriter, Samples
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, SAMPLE_RATE
 from pipeline.worker import Context
@@ -30,23 +30,33 @@ class Capture:
         self._finished = False
         self._next_mark = self._ring.mark_count
         self._xruns = self._ring.ledger().xruns
+        self._spec = context.config.capture.input
+        self._origin = context.config.capture.origin
+        self._frame = devices.silence(FRAME)
 
-    def open(self) -> str:
-        config = self._context.config.capture
+    @property
+    def detail(self) -> str:
+        return self._device.detail
+
+    def open(self) -> None:
         if self._context.config.offline:
             self._device = devices.open_source(
-                config.input, on_block=self.on_block, on_end=self._on_end, has_room=self._has_room
+                self._spec, on_block=self.on_block, on_end=self._on_end, has_room=self._has_room
             )
-            return self._device.detail
-        self._device = devices.open_input(
-            config.input,
+        else:
+            self._device = self._open(self._spec, self._origin)
+
+    def _open(self, spec: str, origin: int) -> devices.Device:
+        """Open an input that was first taken at position `origin`."""
+        config = self._context.config.capture
+        return devices.open_input(
+            spec,
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
-            resume_at=self._writer.position,
+            resume_at=max(0, self._writer.position - origin),
             on_block=self.on_block,
             on_end=self._on_end,
         )
-        return self._device.detail
 
     def _has_room(self) -> bool:
         """Offline: whether inference will neither drop one more frame nor lose it."""
@@ -119,6 +129,8 @@ class Capture:
     def _report_frames(self, queued: int) -> None:
         while (mark := self._ring.mark(self._next_mark)) is not None:
             self._next_mark += 1
+            RingReader(self._ring, mark.position).read(self._frame)
+            mean, peak = level(self._frame)
             self._context.report(
                 TimingRecord(
                     stage="capture",
@@ -126,6 +138,8 @@ class Capture:
                     start_ns=mark.start_ns,
                     end_ns=mark.end_ns,
                     queued=queued,
+                    level_dbfs=dbfs(mean),
+                    peak_dbfs=dbfs(peak),
                 )
             )
         self._next_mark = max(self._next_mark, self._ring.mark_count - self._ring.mark_capacity + 1)
@@ -150,10 +164,37 @@ class Capture:
         self._bell.ring()
 
     def apply(self, command: AnyCommand) -> int:
-        if isinstance(command, Mute | Unmute):
-            self._muted = isinstance(command, Mute)
+        match command:
+            case Mute() | Unmute():
+                self._muted = isinstance(command, Mute)
+            case Input(spec=spec):
+                self._switch(spec)
         # The block that is being taken at this moment may have been let through.
         return -(-(self._writer.position + self._block) // FRAME)
+
+    def _switch(self, spec: str) -> None:
+        """Take another input; where it cannot be opened or started, the present one stays or is opened again."""
+        origin = self._writer.position
+        device = self._open(spec, origin)
+        self._device.stop()
+        try:
+            if self._finished or self._input_ended:
+                raise DeviceError(f"input {spec!r}: the input has ended, and the run with it")
+            device.start()
+        except DeviceError as error:
+            device.stop()
+            if not (self._finished or self._input_ended):
+                self._take_back(error)
+            raise DeviceError(str(error)) from None
+        self._device, self._spec, self._origin = device, spec, origin
+        self._microphone = apple.MicrophoneWatch(spec)
+
+    def _take_back(self, why: DeviceError) -> None:
+        try:
+            self._device = self._open(self._spec, self._origin)
+            self._device.start()
+        except DeviceError as error:
+            raise DeviceLostError(f"{why}; and then {error}") from None
 
     def stop(self) -> None:
         self._device.stop()

@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import SamplerConfig
+
 Samples = npt.NDArray[np.float32]
 
 
@@ -21,6 +23,10 @@ class Step:
     encode_ms: float = 0.0
     step_ms: float = 0.0
     decode_ms: float = 0.0
+    context: int = 0
+    """Positions that the model's attention sees."""
+    context_size: int = 0
+    """The most that it can see."""
     new_conversation: bool = False
     """The engine began anew with this frame, by itself: its memory no longer held numbers."""
 
@@ -54,6 +60,9 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Begin a new conversation, without loading anything again. Frames not yet answered are forgotten."""
 
+    def draw_by(self, sampler: SamplerConfig) -> None:
+        """Draw tokens by these settings from the next frame on."""
+
     def keep_warm(self) -> None:
         """Do a tiny piece of work, for a device that would otherwise put the model out of reach."""
 
@@ -78,6 +87,9 @@ class Echo:
 
     def reset(self) -> None:
         self._heard.clear()
+
+    def draw_by(self, sampler: SamplerConfig) -> None:
+        """Nothing is drawn."""
 
     def keep_warm(self) -> None:
         """There is no device."""

@@ -7,12 +7,23 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from pipeline import apple, checkpoints, worker
+from pipeline import apple, checkpoints, messages, worker
+from pipeline import config as settings
 from pipeline.audio import make_fit
 from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno
-from pipeline.messages import AnyCommand, Finished, Reset, TextRecord, TimingRecord, XrunRecord
+from pipeline.messages import (
+    AnyCommand,
+    Finished,
+    Pause,
+    Reset,
+    Resume,
+    Set,
+    TextRecord,
+    TimingRecord,
+    XrunRecord,
+)
 from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.timing import now_ns, promote_thread
 from pipeline.topology import FRAME
@@ -68,6 +79,10 @@ class Answers:
         """From now on write in a thread."""
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
+
+    def pause(self, paused: bool) -> None:
+        """Tell playback that the silence that follows is meant, or that it is over."""
+        self._writer.pause(paused)
 
     @property
     def room(self) -> int:
@@ -133,6 +148,8 @@ class Inference:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._config = context.config
+        self.detail = ""
         self._bell = context.bell
         self._capture, self._playback = context.rings["capture"], context.rings["playback"]
         self._counts = Consumer(self._capture)
@@ -141,6 +158,7 @@ class Inference:
         self._engine: Engine = Echo()
         self._asked: deque[Question] = deque()
         self._ended = False
+        self._paused = False
         self._pass_over_answered()
         # Frames are counted when they are answered, in order; the reader is that much ahead.
         self._reader = RingReader(self._capture, self._counts.position)
@@ -164,24 +182,19 @@ class Inference:
         self._counts.position += count
         self._counts.consume(count)
 
-    def open(self) -> str:
+    def open(self) -> None:
         apple.raise_thread()
         config = self._context.config
-        detail = "echo" if config.engine == "echo" else self._open_moshi(config)
+        self.detail = "echo" if config.engine == "echo" else self._open_moshi(config)
         if self._engine.overlaps:
             self._answers.start_thread()
-        return detail
 
     def _open_moshi(self, config: Config) -> str:
         checkpoint = checkpoints.find(config.model, config.quality)
         # Only here: echo runs where mlx is not installed, and capture and playback never see it.
-        from procs.model import Choice, Moshi, Sampling
+        from procs.model import Moshi, sampling_of
 
-        sampler = config.sampler
-        sampling = Sampling(
-            text=Choice(sampler.text_temperature, *sampler.text_cut),
-            audio=Choice(sampler.audio_temperature, *sampler.audio_cut),
-        )
+        sampler, sampling = config.sampler, sampling_of(config.sampler)
         codec = None if config.inference.codec == "auto" else config.inference.codec
         engine = Moshi(checkpoint, seed=sampler.seed, sampling=sampling, codec=codec)
         engine.load()
@@ -230,11 +243,16 @@ class Inference:
 
     def _shed(self) -> None:
         """Drop the oldest of a backlog over the limit, in whole frames; offline the input waits instead."""
-        reader, bounds = self._reader, self._context.config.inference
+        reader, bounds = self._reader, self._config.inference
         # After an overwrite the reader may stand within a frame: go on at the start of one.
         self._drop(-reader.position % FRAME)
         backlog = reader.available // FRAME
-        if backlog <= bounds.backlog_limit or self._context.config.offline:
+        if self._config.offline:
+            return
+        if self._paused:
+            self._drop(backlog * FRAME)
+            return
+        if backlog <= bounds.backlog_limit:
             return
         dropped = backlog - bounds.backlog_target
         self._drop(dropped * FRAME)
@@ -252,13 +270,13 @@ class Inference:
 
     def _listen(self) -> None:
         """Give the engine what it may be given at a time."""
-        most = AHEAD if self._engine.overlaps else 1
+        most = 0 if self._paused else AHEAD if self._engine.overlaps else 1
         while len(self._asked) < most and self._reader.available >= FRAME and self._has_room():
             self._take()
 
     def _has_room(self) -> bool:
         """Offline: whether all that is asked can be answered without overwriting what playback has not taken."""
-        if not self._context.config.offline:
+        if not self._config.offline:
             return True
         asked = len(self._asked) + UNSAID + AHEAD
         return self._answers.room > asked * FRAME
@@ -296,6 +314,8 @@ class Inference:
                     encode_ms=step.encode_ms,
                     step_ms=step.step_ms,
                     decode_ms=step.decode_ms,
+                    context=step.context,
+                    context_size=step.context_size,
                 )
             )
             if step.new_conversation:
@@ -307,13 +327,29 @@ class Inference:
         """Only capture ends a stream; the end reaches this stage through the ring."""
 
     def apply(self, command: AnyCommand) -> int:
-        if isinstance(command, Reset):
-            self._engine.reset()
-            if self._asked:
-                # What the engine was given and has not answered belongs to the new conversation.
-                self._reader.position = self._asked[0].number * FRAME
-                self._asked.clear()
+        match command:
+            case Pause() | Resume():
+                self._paused = isinstance(command, Pause)
+                self._answers.pause(self._paused)
+            case Reset():
+                self._reset()
+            case Set():
+                self._set(command)
         return self._reader.position // FRAME
+
+    def _reset(self) -> None:
+        self._engine.reset()
+        if self._asked:
+            # What the engine was given and has not answered belongs to the new conversation.
+            self._reader.position = self._asked[0].number * FRAME
+            self._asked.clear()
+
+    def _set(self, command: Set) -> None:
+        before = self._config.sampler
+        values = {messages.ALTERS[name]: value for name, value in messages.given(command).items()}
+        self._config = settings.changed(self._config, values)
+        if self._config.sampler != before:
+            self._engine.draw_by(self._config.sampler)
 
     def stop(self) -> None:
         """The model goes with the process."""

@@ -6,12 +6,12 @@ import time
 import numpy as np
 
 from pipeline import config as settings
-from pipeline import worker
-from pipeline.audio import FADE, Samples, falling, rising
+from pipeline import messages, worker
+from pipeline.audio import FADE, Samples, falling, level, rising
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceError
-from pipeline.messages import AnyCommand, Finished, TimingRecord, XrunRecord
-from pipeline.ring import Consumer, Ring, RingWriter
+from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.messages import AnyCommand, Finished, Output, Set, TimingRecord, XrunRecord, dbfs
+from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
 from pipeline.worker import Context
@@ -76,7 +76,11 @@ class Player:
         self._heard = RingWriter(heard)
         self.prebuffer_ns = prebuffer_ns
         """How long a frame waits, after silence, before its first sample is sent."""
-        self._queue = queue_frames * FRAME
+        self.queue_frames = queue_frames
+        """More frames than these waiting are skipped."""
+        self.volume = 1.0
+        """What all samples are multiplied by; a change is spread over the next block."""
+        self._gain = 1.0
         self._playing = False
         self._sounding = False
         self._disturbed = self._source.position > 0
@@ -108,6 +112,15 @@ class Player:
         """Fade out and take no more frames."""
         self._leaving = True
 
+    def stay(self) -> None:
+        """Take frames again, after `leave`; the first fades in."""
+        self._disturbed = True
+        self._leaving = False
+
+    def begin_with(self, prebuffer_ns: int) -> None:
+        """Let frames wait for so long after silence, until gaps say otherwise."""
+        self.prebuffer_ns = self._initial_prebuffer_ns = prebuffer_ns
+
     def fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
         """Fill one block, shape (n,), whose first sample the device converts at `dac_ns`."""
         heard = self._heard
@@ -124,10 +137,18 @@ class Player:
                 self._begin_gap()
             self._conceal(out[played:])
             self._remember(out[played:])
+        self._amplify(out)
         heard.write(out)
         self._source.consume(played)
         heard.count("concealed", len(out) - played)
         heard.commit()
+
+    def _amplify(self, out: Samples) -> None:
+        gain, self._gain = self._gain, self.volume
+        if gain != self._gain:
+            out *= np.linspace(gain, self._gain, len(out), dtype=np.float32)
+        elif gain != 1.0:
+            out *= np.float32(gain)
 
     def _play(self, out: Samples, dac_ns: int) -> int:
         """Copy what there is to play into the start of `out`; returns how much that was."""
@@ -164,7 +185,7 @@ class Player:
 
     def _begin_frame(self, filled: int, dac_ns: int) -> None:
         source = self._source
-        if source.available > self._queue:
+        if source.available > self.queue_frames * FRAME:
             # Down to two: with one alone the next would have to come within the block.
             self._skip((source.available // FRAME - 2) * FRAME)
         mark = self._ring.mark(source.position // FRAME)
@@ -218,7 +239,7 @@ class Player:
         self._risen = 0
 
     def _begin_gap(self) -> None:
-        if not self._leaving and not self._source.ended:
+        if not (self._leaving or self._source.ended or self._ring.paused):
             self._heard.count("gaps")
             # What was late once will be again: wait longer next time, a frame at most.
             self.prebuffer_ns = min(FRAME_NS, max(NS_PER_MS, 2 * self.prebuffer_ns))
@@ -271,23 +292,33 @@ class Playback:
             prebuffer_ns=round(settings.prebuffer_ms(config) * NS_PER_MS),
             queue_frames=config.playback.queue_frames,
         )
+        self._player.volume = config.playback.volume
         self._device: devices.Device = devices.Unopened()
+        self._spec = config.playback.output
+        self._frame = devices.silence(FRAME)
         self._running = False
         self._finished = False
         self._next_mark = self._heard.mark_count
+        self._next_frame = 0
         ledger = self._heard.ledger()
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
 
-    def open(self) -> str:
+    @property
+    def detail(self) -> str:
+        return self._device.detail
+
+    def open(self) -> None:
+        self._device = self._open(self._spec, resume=self._heard.position > 0)
+
+    def _open(self, spec: str, *, resume: bool) -> devices.Device:
         config = self._context.config.playback
-        self._device = devices.open_output(
-            config.output,
+        return devices.open_output(
+            spec,
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
-            resume=self._heard.position > 0,
+            resume=resume,
             on_block=self._player.fill,
         )
-        return self._device.detail
 
     def start(self) -> None:
         self._device.start()
@@ -307,6 +338,8 @@ class Playback:
         queued = self._playback.ledger().waiting // FRAME
         while (mark := self._heard.mark(self._next_mark)) is not None:
             self._next_mark += 1
+            self._next_frame = mark.frame + 1
+            mean, peak = self._level_before(mark.position)
             report(
                 TimingRecord(
                     stage="playback",
@@ -315,6 +348,9 @@ class Playback:
                     end_ns=mark.start_ns,
                     queued=queued,
                     mic_to_speaker_ms=(mark.start_ns - mark.captured_ns) / NS_PER_MS,
+                    prebuffer_ms=self._player.prebuffer_ns / NS_PER_MS,
+                    level_dbfs=dbfs(mean),
+                    peak_dbfs=dbfs(peak),
                 )
             )
         self._next_mark = max(self._next_mark, self._heard.mark_count - self._heard.mark_capacity + 1)
@@ -329,21 +365,64 @@ class Playback:
             report(Finished(stage="playback"))
         return False
 
+    def _level_before(self, position: int) -> tuple[float, float]:
+        """Of what was sent in the 80 ms before `position`."""
+        if position < FRAME:
+            return 0.0, 0.0
+        RingReader(self._heard, position - FRAME).read(self._frame)
+        return level(self._frame)
+
     def finish(self) -> None:
         """Only capture ends a stream; the end reaches this stage through the ring."""
 
     def apply(self, command: AnyCommand) -> int:
-        """No command is carried out here."""
-        return self._heard.position // FRAME
+        match command:
+            case Output(spec=spec):
+                self._switch(spec)
+            case Set():
+                self._set(command)
+        return self._next_frame
 
-    def stop(self) -> None:
-        """Fade out, then let go of the device."""
+    def _set(self, command: Set) -> None:
+        player, values = self._player, messages.given(command)
+        player.volume = values.get("volume", player.volume)
+        player.queue_frames = values.get("queue_frames", player.queue_frames)
+        if "prebuffer_ms" in values:
+            player.begin_with(round(values["prebuffer_ms"] * NS_PER_MS))
+
+    def _switch(self, spec: str) -> None:
+        """Take another output; where it cannot be opened or started, the present one stays or is opened again."""
+        device = self._open(spec, resume=False)
+        self._fade_out()
+        self._device.stop()
+        try:
+            device.start()
+        except DeviceError as error:
+            device.stop()
+            self._take_back(error)
+            raise DeviceError(str(error)) from None
+        finally:
+            self._player.stay()
+        self._device, self._spec = device, spec
+
+    def _take_back(self, why: DeviceError) -> None:
+        try:
+            self._device = self._open(self._spec, resume=True)
+            self._device.start()
+        except DeviceError as error:
+            raise DeviceLostError(f"{why}; and then {error}") from None
+
+    def _fade_out(self) -> None:
         if self._running and self._device.failure() is None:
             self._player.leave()
             until = time.monotonic() + _FADE_OUT_S
             while not self._player.silent and time.monotonic() < until:
                 time.sleep(0.005)
             time.sleep(min(_FADE_OUT_S, self._device.latency_ms / 1_000))
+
+    def stop(self) -> None:
+        """Fade out, then let go of the device."""
+        self._fade_out()
         self._device.stop()
 
 
@@ -387,10 +466,13 @@ class Offline:
         self._device: devices.EagerOutput | None = None
         self._finished = False
 
-    def open(self) -> str:
+    @property
+    def detail(self) -> str:
+        return "" if self._device is None else self._device.detail
+
+    def open(self) -> None:
         copier, spec = self._copier, self._context.config.playback.output
         self._device = devices.open_sink(spec, move=copier.move, ended=lambda: copier.ended)
-        return self._device.detail
 
     def start(self) -> None:
         if self._device is not None:

@@ -15,6 +15,6 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
 
 from procs.model.engine import Loaded, Moshi
-from procs.model.sampling import Choice, Sampling
+from procs.model.sampling import Choice, Sampling, sampling_of
 
-__all__ = ["Choice", "Loaded", "Moshi", "Sampling"]
+__all__ = ["Choice", "Loaded", "Moshi", "Sampling", "sampling_of"]

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline import apple
 from pipeline.audio import make_fit
 from pipeline.checkpoints import Checkpoint
+from pipeline.config import SamplerConfig
 from pipeline.timing import NS_PER_MS, now_ns
 from pipeline.topology import FRAME
 from procs.engines import Answer, Samples, Step
@@ -17,7 +18,7 @@ from procs.model import codec as codecs
 from procs.model.codec import Codec, CodecName, Codes, Pending
 from procs.model.generator import Generator
 from procs.model.loading import compute_type, load_model, load_pieces, loading, spare_the_compiler
-from procs.model.sampling import Sampling
+from procs.model.sampling import Sampling, sampling_of
 
 WARM_UP_MOST: Final = 50
 """Steps of warm-up at most: on a machine that never becomes steady there is no use in waiting for it."""
@@ -113,6 +114,9 @@ class Moshi:
         self.codec.reset()
         self.generator.reset()
 
+    def draw_by(self, sampler: SamplerConfig) -> None:
+        self._sampling = self.generator.sampling = sampling_of(sampler)
+
     def keep_warm(self) -> None:
         mx.eval(mx.zeros(1) + 1)
 
@@ -135,6 +139,8 @@ class Moshi:
             text=self._pieces[text],
             encode_ms=encode_ms,
             step_ms=(now_ns() - start_ns) / NS_PER_MS,
+            context=self.generator.seen,
+            context_size=self.generator.context,
             new_conversation=new_conversation,
         )
         if spoken is None:

@@ -89,6 +89,11 @@ class Generator:
         self._next_keys()
         self._numbers = sampling.text.numbers(self._dtype) + sampling.audio.numbers(self._dtype)
 
+    @property
+    def seen(self) -> int:
+        """Positions that attention sees."""
+        return min(self._position, self.context)
+
     def _chain(self, key: mx.array) -> tuple[Keys, mx.array]:
         """A key for each draw of a frame, one split off after the other; and the one for the rest.
 

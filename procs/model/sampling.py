@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from pipeline.config import SamplerConfig
+
 Kind = tuple[str, int]
 """What decides the shape of a draw's computation: the name of a cut, and top-k's k."""
 
@@ -52,6 +54,14 @@ class Sampling:
 
     text: Choice = field(default_factory=lambda: Choice(0.7, top_k=25))
     audio: Choice = field(default_factory=lambda: Choice(0.8, top_k=250))
+
+
+def sampling_of(sampler: SamplerConfig) -> Sampling:
+    """What the settings ask for."""
+    return Sampling(
+        text=Choice(sampler.text_temperature, *sampler.text_cut),
+        audio=Choice(sampler.audio_temperature, *sampler.audio_cut),
+    )
 
 
 def draw(logits: mx.array, kind: Kind, numbers: Sequence[mx.array], key: mx.array) -> mx.array:
