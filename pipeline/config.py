@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -118,6 +118,40 @@ def _cut(top_k: int | None, top_p: float | None, min_p: float | None, default: i
     return (top_k, top_p, min_p) if top_k or top_p or min_p else (default, None, None)
 
 
+_ADDRESS: Final = re.compile(r"(?:tcp://)?(?P<host>[A-Za-z0-9._-]+|\*|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+
+
+class Address(NamedTuple):
+    """Where a run is reached over TCP: commands at `port`, events at the one after it."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, spec: str, key: str) -> Self:
+        """Of tcp://HOST:PORT, also without tcp://. Raises ConfigError, which names the `key`."""
+        found = _ADDRESS.fullmatch(spec)
+        if found is None or not 1 <= int(found["port"]) <= 65_534:
+            raise ConfigError(f"{key} = {spec!r}: expected tcp://ADDRESS:PORT, with a PORT from 1 to 65534")
+        return cls(found["host"], int(found["port"]))
+
+    @property
+    def control(self) -> str:
+        return f"tcp://{self.host}:{self.port}"
+
+    @property
+    def events(self) -> str:
+        return f"tcp://{self.host}:{self.port + 1}"
+
+
+class RemoteConfig(_Section):
+    """Reaching the run from a second machine."""
+
+    listen: str | None = None
+    """`tcp://ADDRESS:PORT`, an address of this machine: commands at PORT, events at PORT + 1, encrypted, and for those
+    whose key was made by `pipeline keys`. Unset: no other machine reaches the run."""
+
+
 class Config(_Section):
     """Everything that a run can be told before it starts."""
 
@@ -135,6 +169,7 @@ class Config(_Section):
     inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
     playback: PlaybackConfig = msgspec.field(default_factory=PlaybackConfig)
     sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
+    remote: RemoteConfig = msgspec.field(default_factory=RemoteConfig)
 
 
 _PREBUFFER_MS: Final[dict[EngineName, float]] = {"echo": 3.0, "moshi": 40.0}
@@ -196,6 +231,8 @@ def _override(config: Config, values: Mapping[str, Any], source: str) -> Config:
 def _check(config: Config, source: str) -> None:
     """What no single key can tell."""
     _check_cuts(config.sampler, source)
+    if config.remote.listen is not None:
+        Address.parse(config.remote.listen, f"{source}: remote.listen")
     inference = config.inference
     if inference.backlog_limit < inference.backlog_target:
         raise ConfigError(
