@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 import psutil
 
-from pipeline import accounting, messages
+from pipeline import accounting, keys, messages
 from pipeline import config as settings
 from pipeline.bell import Bell
 from pipeline.commands import Asked, Requests
@@ -304,7 +304,10 @@ class Supervisor:
             self._rings[spec.name] = Ring.create(self._folder.segment(spec.name), self._config.ring_seconds)
         Bell(self._folder.bell("capture")).close()
         self._save_settings()
-        self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages)
+        # Offline, nobody is waited for, and a conversation may be using the address.
+        listen = None if self._config.offline else self._config.remote.listen
+        remote = keys.listening(listen) if listen is not None else None
+        self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages, remote)
         self._hub.watch(self._signal_read)
         self._requests = Requests(self._hub, self._clock, self._publish, self._take_effect)
         self._recording = Recording(
