@@ -78,6 +78,10 @@ class Remote(NamedTuple):
     keys: KeyPair
 
 
+Peer = Path | Remote
+"""Where a run's socket is, from a client's side."""
+
+
 def make_keys(folder: Path, name: str) -> None:
     """Write a new key pair into `folder`, as NAME.key, without the secret, and NAME.key_secret, with it."""
     from zmq import auth
@@ -106,7 +110,7 @@ def _prepare_tcp(socket: "zmq.Socket[bytes]", address: str, keys: KeyPair) -> No
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
 
 
-def _connect(socket: "zmq.Socket[bytes]", run: Path | Remote) -> None:
+def _connect(socket: "zmq.Socket[bytes]", run: Peer) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     if isinstance(run, Path):
         socket.connect(_ipc(run))
@@ -370,7 +374,7 @@ class StageLink:
         self._context.term()
 
 
-def request(control: Path | Remote, command: bytes, timeout_s: float) -> Reply:
+def request(control: Peer, command: bytes, timeout_s: float) -> Reply:
     """Send one command to a run and wait for its reply. Raises ControlError if none comes in time."""
     with zmq.Context() as context, context.socket(zmq.REQ) as socket:
         _connect(socket, control)
@@ -380,7 +384,7 @@ def request(control: Path | Remote, command: bytes, timeout_s: float) -> Reply:
         return _understood(socket.recv())
 
 
-async def request_async(control: Path | Remote, command: bytes, timeout_s: float) -> Reply:
+async def request_async(control: Peer, command: bytes, timeout_s: float) -> Reply:
     """The same, while others go on. Raises ControlError."""
     with zmq.Context() as context, context.socket(zmq.REQ) as socket:
         _connect(socket, control)
@@ -414,7 +418,7 @@ async def _readable(socket: "zmq.Socket[bytes]", timeout_s: float | None) -> boo
     return True
 
 
-def _silence(control: Path | Remote, timeout_s: float) -> ControlError:
+def _silence(control: Peer, timeout_s: float) -> ControlError:
     if isinstance(control, Path):
         return ControlError(f"the run {control.parent.name!r} did not answer within {timeout_s:g} s")
     return ControlError(
@@ -426,14 +430,14 @@ def _silence(control: Path | Remote, timeout_s: float) -> ControlError:
 def _understood(reply: bytes) -> Reply:
     try:
         return messages.decode_reply(reply)
-    except msgspec.MsgspecError as error:
+    except messages.MALFORMED as error:
         raise ControlError(f"the run's reply was not understood, it may be of another version: {error}") from None
 
 
 class Subscription:
     """Events of a run: (topic, JSON), one by one. It waits for a run that is not up yet, and outlives its restart."""
 
-    def __init__(self, events: Path | Remote, topics: tuple[str, ...] = ("",)) -> None:
+    def __init__(self, events: Peer, topics: tuple[str, ...] = ("",)) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         for topic in topics:
