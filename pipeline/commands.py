@@ -68,7 +68,7 @@ class Requests:
             start_ns = self._clock()
             try:
                 command = messages.decode_command(data)
-            except (msgspec.MsgspecError, RecursionError) as error:
+            except messages.MALFORMED as error:
                 known = ", ".join(messages.VERBS)
                 text = f'not a command: {error}; expected JSON such as {{"verb": "status"}}, with one of {known}'
                 self._hub.reply(address, Reply(ok=False, error=text))

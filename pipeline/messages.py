@@ -566,6 +566,9 @@ def dbfs(value: float) -> float:
     return max(SILENCE_DBFS, 20 * math.log10(value)) if value > 0 else SILENCE_DBFS
 
 
+MALFORMED: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What each of the functions below raises where it is given anything else."""
+
 encode: Final = msgspec.json.Encoder().encode
 decode_command: Final = msgspec.json.Decoder(AnyCommand).decode
 decode_reply: Final = msgspec.json.Decoder(Reply).decode

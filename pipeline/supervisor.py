@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import psutil
 
 from pipeline import accounting, keys, messages
@@ -518,7 +517,7 @@ class Supervisor:
         for data in self.hub.reports():
             try:
                 report = messages.decode_report(data)
-            except (msgspec.MsgspecError, RecursionError) as error:
+            except messages.MALFORMED as error:
                 self._log("warning", f"a stage's report was not understood: {error}")
                 continue
             if (topic := messages.topic(report)) is not None:
