@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,48 +17,11 @@ from pipeline.messages import SCHEMA, Accounting, LogLevel, TextRecord
 from pipeline.runtime import RunFolder
 from pipeline.supervisor import EXIT_REFUSED, Supervisor
 from pipeline.timing import NS_PER_S, now_ns
-from pipeline.topology import FRAME_MS, SAMPLE_RATE
+from pipeline.topology import SAMPLE_RATE
+from pipeline.words import Word, Words
 
 SEED: Final = 0
 """The seed where none is given: the same input gives the same answer."""
-
-_PARTS: Final = re.compile(r"\s+|\S+")
-
-
-class Word(Struct, frozen=True):
-    """A word of the answer."""
-
-    time_s: float
-    """Where in the answer's audio the frame begins with which the word's first piece came, in seconds."""
-    text: str
-
-    def line(self) -> str:
-        """As in `12.40  hello`."""
-        return f"{self.time_s:.2f}  {self.text}"
-
-
-class Words:
-    """Joins the pieces that come with the frames: white space ends a word."""
-
-    def __init__(self) -> None:
-        self._time_s = 0.0
-        self._text = ""
-
-    def add(self, frame: int, text: str) -> Iterator[Word]:
-        """The words that the text of `frame` completes."""
-        for part in _PARTS.findall(text):
-            if part.isspace():
-                yield from self.end()
-                continue
-            if not self._text:
-                self._time_s = round(frame * FRAME_MS / 1_000, 2)
-            self._text += part
-
-    def end(self) -> Iterator[Word]:
-        """The last word, if there is one."""
-        if self._text:
-            yield Word(self._time_s, self._text)
-        self._text = ""
 
 
 class Transcript:

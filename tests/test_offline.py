@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.messages import Accounting, TextRecord
-from pipeline.offline import Result, Transcript, Word, Words
+from pipeline.offline import Result, Transcript
+from pipeline.words import Word, Words
 
 
 def words(*pieces: tuple[int, str]) -> list[str]:
