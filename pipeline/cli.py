@@ -12,11 +12,24 @@ from typing import Any, Final
 
 import click
 import msgspec
+from click.shell_completion import CompletionItem, get_completion_class
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import __version__, budget, checkpoints, doctor, inventory, messages, offline, packages, report
+from pipeline import (
+    __version__,
+    budget,
+    checkpoints,
+    doctor,
+    inventory,
+    messages,
+    offline,
+    packages,
+    report,
+    runtime,
+    verbs,
+)
 from pipeline import config as settings
 from pipeline.client import Client
 from pipeline.errors import ConfigError, ControlError, PipelineError
@@ -31,7 +44,15 @@ _LEVEL_STYLE: Final[dict[LogLevel, str]] = {"info": "dim", "warning": "yellow", 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
-_name = click.option("--name", default="default", show_default=True, help="The run's name.")
+
+def _complete_name(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in runtime.names() if name.startswith(incomplete)]
+
+
+_name = click.option(
+    "--name", default="default", show_default=True, shell_complete=_complete_name, help="The run's name."
+)
+_remote = click.option("--remote", metavar="HOST:PORT", help="A run on another machine, that listens there.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -202,11 +223,12 @@ def _detach(name: str) -> int:
 
 @cli.command()
 @_name
+@_remote
 @_json
-def down(name: str, as_json: bool) -> int:
+def down(name: str, remote: str | None, as_json: bool) -> int:
     """End a run, or clear what a dead one left."""
     folder = RunFolder(name)
-    if not folder.is_locked():
+    if remote is None and not folder.is_locked():
         if not folder.path.exists():
             raise ControlError(f"no run is up under {name!r}, and none has left anything")
         folder.lock()
@@ -217,13 +239,13 @@ def down(name: str, as_json: bool) -> int:
         else:
             click.echo(f"no run was up under {name!r}; what a dead one had left is cleared")
         return 0
-    final = Client(name).send("shutdown", timeout_s=10).status
+    final = Client(name, remote=remote).send("shutdown").status
     if as_json:
         _print_json(final)
     elif final is not None:
         out.print(report.summary(final))
     until = time.monotonic() + 5
-    while folder.control.exists():
+    while remote is None and folder.control.exists():
         if time.monotonic() > until:
             raise ControlError(f"the run {name!r} has stopped its stages, but does not end")
         time.sleep(0.01)
@@ -232,10 +254,11 @@ def down(name: str, as_json: bool) -> int:
 
 @cli.command()
 @_name
+@_remote
 @_json
-def status(name: str, as_json: bool) -> int:
+def status(name: str, remote: str | None, as_json: bool) -> int:
     """State, accounting and timing now."""
-    found = Client(name).status()
+    found = Client(name, remote=remote).status()
     if as_json:
         _print_json(found)
     else:
@@ -243,28 +266,101 @@ def status(name: str, as_json: bool) -> int:
     return 0
 
 
-@cli.command()
+class _SendCommand(click.Command):
+    """Its help lists the verbs and their keys."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs, and the keys of each"):
+            formatter.write_dl(list(verbs.explanations()), col_max=24)
+
+
+def _complete_verb(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    kinds = {verb: kind for verb, kind in messages.VERBS.items() if verb.startswith(incomplete)}
+    return [CompletionItem(verb, help=(kind.__doc__ or "").partition("\n")[0]) for verb, kind in kinds.items()]
+
+
+def _complete_value(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    verb, words = context.params.get("verb"), context.params.get("values") or ()
+    return [CompletionItem(value) for value in verbs.complete(verb, words, incomplete)] if verb else []
+
+
+@cli.command(cls=_SendCommand)
 @_name
+@_remote
 @_json
-@click.argument("verb", type=click.Choice(list(messages.VERBS)))
-@click.argument("values", nargs=-1, metavar="[KEY=VALUE]...")
-def send(name: str, as_json: bool, verb: str, values: tuple[str, ...]) -> int:
-    """Send a command to a run, and wait until it is carried out."""
-    pairs: dict[str, Any] = {}
-    for pair in values:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise ControlError(f"value {pair!r}: expected KEY=VALUE")
-        pairs[key] = value
-    reply = Client(name).send(verb, pairs)
+@click.argument("verb", type=click.Choice(list(messages.VERBS)), metavar="VERB", shell_complete=_complete_verb)
+@click.argument("values", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=_complete_value)
+def send(name: str, remote: str | None, as_json: bool, verb: str, values: tuple[str, ...]) -> int:
+    """Send a command to a run, and wait until it is carried out.
+
+    A relative path is looked up in this folder; with --remote, where the run was started.
+    """
+    reply = Client(name, remote=remote).send(verb, verbs.parse(verb, values, here=remote is None))
     if as_json:
         _print_json(reply)
-    elif reply.stage:
-        click.echo(f"{verb}: done by {reply.stage}, from frame {reply.frame} on")
-    elif verb == "status" and reply.status is not None:
+    elif reply.status is not None:
         out.print(report.status_view(reply.status))
+    elif verb == "trace":
+        click.echo(f"trace: {len(reply.records)} records; --json prints them")
     else:
-        click.echo(f"{verb}: done")
+        click.echo(verbs.outcome(reply))
+    return 0
+
+
+@cli.command()
+@click.option("--client", metavar="NAME", help="Let another machine in: make the keys that it needs.")
+@_json
+def keys(client: str | None, as_json: bool) -> int:
+    """The keys by which a second machine reaches runs on this one: made, if there are none, and listed.
+
+    Runs listen where their setting remote.listen says. $PIPELINE_KEYS_DIR is another folder for keys.
+    """
+    from pipeline import keys as own
+
+    if client is not None:
+        carried = own.make_client(client)
+        if as_json:
+            _print_json({"client": client, "files": sorted(str(path) for path in carried.iterdir())})
+        else:
+            click.echo(f"{client} is let in. Copy both files in {carried} to its folder of keys (`pipeline keys` there")
+            click.echo(
+                "names it), remove them here, and try there: pipeline status --remote ADDRESS_OF_THIS_MACHINE:PORT"
+            )
+        return 0
+    own.make_server()
+    found = own.found()
+    if as_json:
+        _print_json(found)
+        return 0
+    click.echo(found.folder)
+    click.echo(f"this machine        {found.server}")
+    for name, public in found.clients.items():
+        click.echo(f"let in: {name:11} {public}")
+    if found.remote is not None:
+        click.echo(f"a client of         {found.remote}")
+    return 0
+
+
+_SETUP: Final = {
+    "bash": '~/.bashrc: eval "$(pipeline completion bash)"',
+    "zsh": '~/.zshrc, after compinit: eval "$(pipeline completion zsh)"',
+    "fish": "~/.config/fish/config.fish: pipeline completion fish | source",
+}
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(list(_SETUP)))
+def completion(shell: str) -> int:
+    """Print what makes a shell complete commands, verbs, keys, values and names of runs."""
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise ControlError(f"shell {shell}: click has no completion for it")
+    script = kind(cli, {}, "pipeline", "_PIPELINE_COMPLETE").source()
+    # After `key=` and a folder's / comes more: bash is to put no space there.
+    script = script.replace(
+        "COMPREPLY+=($value)", 'COMPREPLY+=($value); [[ "$value" == *[=:/] ]] && compopt -o nospace'
+    )
+    click.echo(f"# To have it in every shell, add to {_SETUP[shell]}\n{script}")
     return 0
 
 
