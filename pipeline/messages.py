@@ -21,6 +21,9 @@ RunState = Literal["starting", "running", "stopping", "stopped"]
 StageState = Literal["starting", "ready", "running", "backoff", "fatal", "stopped"]
 LogLevel = Literal["info", "warning", "error"]
 
+Name = Annotated[str, Meta(max_length=4_096)]
+"""Of a file or a device: no longer than Linux lets a path be, so that who repeats it stays within a message."""
+
 SILENCE_DBFS: Final = -120.0
 """The level of what is nothing but zeros, or below that."""
 
@@ -77,7 +80,7 @@ class Set(Command, kw_only=True):
 class Input(Command):
     """Take another microphone, or what stands in for one. If it cannot be opened the present one stays."""
 
-    spec: str
+    spec: Name
     """`device`, `device:NAME`, `file:PATH`, `tone:HZ` or `silence`. A relative PATH is looked up where the run was
     started."""
 
@@ -85,7 +88,7 @@ class Input(Command):
 class Output(Command):
     """Take another speaker, or what stands in for one. If it cannot be opened the present one stays."""
 
-    spec: str
+    spec: Name
     """`device`, `device:NAME`, `file:PATH` or `null`. A relative PATH is looked up where the run was started."""
 
 
@@ -99,7 +102,7 @@ class Record(Command):
     """Begin or end a recording of both sides. Ending is answered when the file is closed."""
 
     on: bool
-    path: str | None = None
+    path: Name | None = None
     """The sound file to write, two channels: the microphone and what was sent to the speaker. It must not exist. The
     transcript is written beside it, as .txt. A relative path is looked up where the run was started."""
 
@@ -107,7 +110,7 @@ class Record(Command):
 class Trace(Command):
     """The event records of the last minutes, as they were published."""
 
-    seconds: Annotated[float, Meta(gt=0)] | None = None
+    seconds: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     """Only those of the last so many seconds."""
 
 

@@ -350,6 +350,8 @@ def _type(kind: types.Type) -> str:
             return f"integer{_limits(kind)}"
         case types.FloatType():
             return f"number{_limits(kind)}"
+        case types.StrType(max_length=int(most)):
+            return f"string up to {most:,} characters"
         case types.LiteralType(values=values):
             return ", ".join(f"`{value}`" for value in values)
         case types.UnionType(types=kinds):

@@ -62,7 +62,7 @@ class Recording:
             self._stop()
 
     def _begin(self, asked: Asked, path: str | None, position: int) -> None:
-        if not path:
+        if not path or "\0" in path:
             self._requests.refuse(asked, f"record path = {path!r}: expected the name of a sound file to write")
         elif self.up:
             self._requests.refuse(asked, f"record on = true: {self._path} is being recorded; end that first")

@@ -364,7 +364,8 @@ def _open_source(path: Path) -> soundfile.SoundFile:
     try:
         source = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        if not path.exists():
+        # Path.exists raises where a name is too long.
+        if not os.path.exists(path):
             raise DeviceError(f"input file:{path}: no such file") from None
         raise DeviceError(f"input file:{path}: not a sound file: {error.error_string}") from None
     except (OSError, TypeError) as error:
@@ -446,8 +447,8 @@ class _FileSink:
             raise DeviceError(
                 f"output file:{path}: unknown kind of sound file {path.suffix!r}; expected one of {expected}"
             )
-        there = path if path.exists() else path.parent
-        if not there.exists() or path.is_dir():
+        there = path if os.path.exists(path) else path.parent
+        if not os.path.exists(there) or os.path.isdir(path):
             raise DeviceError(f"output file:{path}: cannot be written: no such folder, or a folder itself")
         if not os.access(there, os.W_OK):
             raise DeviceError(f"output file:{path}: cannot be written: not permitted")
