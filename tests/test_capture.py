@@ -314,7 +314,8 @@ def test_a_file_that_has_ended_ends_the_stream_at_the_next_look(folder: RunFolde
     with helpers.stage_context(folder, "capture") as (context, hub):
         context.config.capture.input = "tone:440"
         capture = Capture(context)
-        assert capture.open() == "tone 440 Hz"
+        capture.open()
+        assert capture.detail == "tone 440 Hz"
         capture._on_end()
         capture.work()
         capture.work()

@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.config import CaptureConfig, Config, InferenceConfig, PlaybackConfig, SamplerConfig
 from pipeline.errors import ConfigError
 
-TOP = "engine, quality, model, seconds, ring_seconds, offline, capture, inference, playback, sampler"
+TOP = "engine, quality, model, seconds, ring_seconds, offline, capture, inference, playback, sampler, remote"
 
 
 @pytest.fixture
@@ -40,12 +40,13 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "seconds": None,
         "offline": False,
         "ring_seconds": 12.0,
-        "capture": {"input": "device", "block_ms": 5.0, "latency_ms": 20.0},
+        "capture": {"input": "device", "block_ms": 5.0, "latency_ms": 20.0, "origin": 0},
         "inference": {"backlog_target": 3, "backlog_limit": 8, "codec": "auto"},
         "playback": {
             "output": "device",
             "block_ms": 5.0,
             "latency_ms": 20.0,
+            "volume": 1.0,
             "prebuffer_ms": None,
             "queue_frames": 3,
         },
@@ -60,6 +61,7 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "audio_min_p": None,
             "seed": None,
         },
+        "remote": {"listen": None},
     }
     assert msgspec.to_builtins(config.load(None, {})) == expected
 
@@ -126,7 +128,10 @@ def test_every_key_can_be_set(run_toml: Path) -> None:
     ("text", "line"),
     [
         ("engines = 'echo'", f"engines: unknown key; expected one of {TOP}"),
-        ("[capture]\ninputs = 'device'", "capture.inputs: unknown key; expected one of input, block_ms, latency_ms"),
+        (
+            "[capture]\ninputs = 'device'",
+            "capture.inputs: unknown key; expected one of input, block_ms, latency_ms, origin",
+        ),
         ("[inference.more]", "inference.more: unknown key; expected one of backlog_target, backlog_limit, codec"),
         ("[microphone]", f"microphone: unknown key; expected one of {TOP}"),
         ("engine = 3", "engine = 3: expected one of moshi, echo"),
@@ -190,7 +195,7 @@ def test_an_odd_key_is_still_named(run_toml: Path, key: str, shown: str) -> None
     run_toml.write_text(f"[capture]\n{key} = 1", encoding="utf-8")
     line = refused(run_toml)
     assert line.startswith(f"{run_toml}: {shown}")
-    assert line.endswith("unknown key; expected one of input, block_ms, latency_ms")
+    assert line.endswith("unknown key; expected one of input, block_ms, latency_ms, origin")
 
 
 def test_bad_toml(run_toml: Path) -> None:

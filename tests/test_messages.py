@@ -8,25 +8,39 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import UnsetType
 
 from pipeline import messages
+from pipeline.config import Config
 from pipeline.messages import (
-    CARRIED_OUT_BY,
+    ALTERS,
     VERBS,
     Accounting,
     Acknowledged,
     AnyCommand,
     Apply,
     Command,
+    CommandRecord,
+    Effect,
+    Event,
     Finish,
     Finished,
     Heartbeat,
+    Input,
     LogRecord,
     Mute,
     Order,
+    Output,
+    Pause,
+    Record,
+    RecordingRecord,
     Reply,
     Report,
     Reset,
+    Restart,
+    Resume,
+    RunRecord,
+    Set,
     Shutdown,
     Spread,
     StageRecord,
@@ -34,11 +48,13 @@ from pipeline.messages import (
     StageStatus,
     Start,
     Status,
+    StatusRecord,
     StatusReport,
     Stop,
     TextRecord,
     Timing,
     TimingRecord,
+    Trace,
     Unmute,
     XrunRecord,
     Xruns,
@@ -47,7 +63,23 @@ from pipeline.topology import PROCESSES
 
 STAGES = [process.name for process in PROCESSES]
 
-COMMANDS: list[AnyCommand] = [Status(), Mute(), Unmute(), Reset(), Shutdown()]
+COMMANDS: list[AnyCommand] = [
+    Status(),
+    Mute(),
+    Unmute(),
+    Pause(),
+    Resume(),
+    Reset(),
+    Set(text_temperature=0.5, text_top_k=None, volume=0.25),
+    Input(spec="device:USB [front]"),
+    Output(spec="null"),
+    Restart(stage="inference"),
+    Record(on=True, path="talk.wav"),
+    Record(on=False),
+    Trace(seconds=1.5),
+    Trace(),
+    Shutdown(),
+]
 
 REPORTS: list[Report] = [
     StageRecord(stage="capture", state="running", detail="a device", device_latency_ms=1.5, time_ns=1 << 62),
@@ -59,10 +91,20 @@ REPORTS: list[Report] = [
     TextRecord(frame=7, text=' "héllo"\n', time_ns=5),
     XrunRecord(stage="playback", kind="gap", count=2, time_ns=5),
     LogRecord(stage="supervisor", level="warning", message="x", time_ns=5),
+    RecordingRecord(
+        path="/talk.wav", transcript="/talk.txt", on=False, frame=3, seconds=2.5, lost=4, error="x", time_ns=5
+    ),
     Acknowledged(request=3, frame=9),
     Acknowledged(request=3, frame=9, error="it cannot"),
     Finished(stage="playback"),
     Heartbeat(stage="inference", device_latency_ms=3.0, lost_reports=2),
+]
+
+OTHER_EVENTS: list[Event] = [
+    RunRecord(name="t", pid=1, state="running", muted=True, paused=False, engine="echo", time_ns=5),
+    CommandRecord(
+        verb="set", values={"volume": 0.5}, ok=True, effects=[Effect(stage="playback", frame=3)], start_ns=1, end_ns=2
+    ),
 ]
 
 ORDERS: list[Order] = [Start(), Finish(), Stop(), *(Apply(request=4, command=command) for command in COMMANDS)]
@@ -83,6 +125,10 @@ def a_status() -> StatusReport:
         ),
         xruns=Xruns(capture=1),
         drift_ppm=None,
+        time_ns=1 << 62,
+        paused=True,
+        recording="/talk.wav",
+        settings=Config(engine="echo"),
     )
 
 
@@ -110,7 +156,8 @@ def test_orders_go_round(order: Order) -> None:
     [
         Reply(ok=True),
         Reply(ok=False, error="no"),
-        Reply(ok=True, verb="mute", stage="capture", frame=0),
+        Reply(ok=True, verb="mute", stage="capture", frame=0, effects=[Effect(stage="capture", frame=0)]),
+        Reply(ok=True, verb="trace", records=[msgspec.Raw(b'["text",{"frame":1}]'), msgspec.Raw(b"[]")]),
         Reply(ok=True, verb="status", status=a_status()),
     ],
 )
@@ -153,14 +200,77 @@ def test_every_record_carries_the_version_of_its_schema(report: Report) -> None:
     assert json.loads(messages.encode(report))["schema"] == messages.SCHEMA
 
 
-def test_every_command_has_a_verb_and_someone_to_carry_it_out() -> None:
+@pytest.mark.parametrize("event", [*OTHER_EVENTS, StatusRecord(status=a_status())], ids=name_of)
+def test_events_go_round(event: Event) -> None:
+    assert messages.decode_event(messages.encode(event)) == event
+
+
+def test_every_report_that_has_a_topic_is_an_event() -> None:
+    for report in REPORTS:
+        if messages.topic(report) is not None:
+            assert messages.decode_event(messages.encode(report)) == report
+    events = {type(report) for report in REPORTS if messages.topic(report)} | {type(event) for event in OTHER_EVENTS}
+    assert events | {StatusRecord} == set(typing.get_args(Event))
+
+
+def test_every_command_has_a_verb() -> None:
     assert set(VERBS.values()) == set(typing.get_args(AnyCommand)) == set(Command.__subclasses__())
     for verb, kind in VERBS.items():
         assert verb == kind.__name__.lower()
-    assert set(CARRIED_OUT_BY.values()) <= set(STAGES)
-    by_the_supervisor = set(VERBS.values()) - set(CARRIED_OUT_BY)
-    assert {Status, Shutdown} <= by_the_supervisor
-    assert not by_the_supervisor & {Mute, Unmute, Reset}
+
+
+@pytest.mark.parametrize(
+    ("command", "stages"),
+    [
+        (Mute(), ["capture"]),
+        (Unmute(), ["capture"]),
+        (Input(spec="silence"), ["capture"]),
+        (Output(spec="null"), ["playback"]),
+        (Pause(), ["inference"]),
+        (Resume(), ["inference"]),
+        (Reset(), ["inference"]),
+        (Set(audio_top_p=0.5), ["inference"]),
+        (Set(backlog_limit=4), ["inference"]),
+        (Set(volume=0.0), ["playback"]),
+        (Set(queue_frames=4, text_temperature=0.0), ["inference", "playback"]),
+        (Set(), []),
+        (Status(), []),
+        (Restart(stage="capture"), []),
+        (Record(on=False), []),
+        (Trace(), []),
+        (Shutdown(), []),
+    ],
+    ids=str,
+)
+def test_who_carries_a_command_out(command: Command, stages: list[str]) -> None:
+    assert messages.carried_out_by(command) == stages
+
+
+def test_what_set_may_change_are_settings_of_the_same_meaning_and_limits() -> None:
+    assert set(ALTERS) == set(Set.__struct_fields__)
+    tables = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    for name, key in ALTERS.items():
+        section, _, last = key.partition(".")
+        assert last == name
+        setting = next(field for field in msgspec.structs.fields(tables[section]) if field.name == name)
+        given_types = {kind for kind in typing.get_args(Set.__annotations__[name]) if kind is not UnsetType}
+        own = setting.type
+        own_types = set(typing.get_args(own)) if type(None) in typing.get_args(own) else {own}
+        assert given_types - {type(None)} == own_types - {type(None)}
+
+
+def test_what_is_given_leaves_out_what_is_not() -> None:
+    assert messages.given(Set(text_top_k=None, volume=1.0)) == {"text_top_k": None, "volume": 1.0}
+    assert messages.given(Record(on=False)) == {"on": False, "path": None}
+    assert messages.given(Mute()) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "level"),
+    [(1.0, 0.0), (0.5, -6.0206), (0.1, -20.0), (1e-7, messages.SILENCE_DBFS), (0.0, messages.SILENCE_DBFS)],
+)
+def test_decibels_of_full_scale(value: float, level: float) -> None:
+    assert messages.dbfs(value) == pytest.approx(level, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +282,14 @@ def test_every_command_has_a_verb_and_someone_to_carry_it_out() -> None:
         ('{"verb": "mute", "loud": true}', "Object contains unknown field `loud`"),
         ('{"loud": true}', "Object missing required field `verb`"),
         ("[]", "Expected `object`, got `array`"),
+        ('{"verb": "set", "volume": 2}', "Expected `float` <= 1.0 - at `$.volume`"),
+        ('{"verb": "set", "volume": null}', "Expected `float`, got `null` - at `$.volume`"),
+        ('{"verb": "set", "text_top_k": 0}', "Expected `int` >= 1 - at `$.text_top_k`"),
+        ('{"verb": "set", "seed": 1}', "Object contains unknown field `seed`"),
+        ('{"verb": "input"}', "Object missing required field `spec`"),
+        ('{"verb": "restart", "stage": "kitchen"}', "Invalid enum value 'kitchen' - at `$.stage`"),
+        ('{"verb": "record", "on": 1}', "Expected `bool`, got `int` - at `$.on`"),
+        ('{"verb": "trace", "seconds": 0}', "Expected `float` > 0.0 - at `$.seconds`"),
         ("null", "Expected `object`, got `null`"),
         ('{"verb": "mute"', "Input data was truncated"),
         ('{"verb": "mute"}{', "JSON is malformed: trailing characters (byte 17)"),
@@ -230,11 +348,14 @@ def test_topics() -> None:
         LogRecord: "log.capture",
         TextRecord: "text",
         XrunRecord: "xrun",
+        RecordingRecord: "state.recording",
         Acknowledged: None,
         Finished: None,
         Heartbeat: None,
     }
     assert {type(report): topic_of_capture(report) for report in REPORTS} == expected
+    others = [messages.topic(event) for event in [*OTHER_EVENTS, StatusRecord(status=a_status())]]
+    assert others == ["state.run", "command", "status"]
     for stage in STAGES:
         assert messages.topic(StageRecord(stage=stage, state="ready")) == f"state.{stage}"
         record = TimingRecord(stage=stage, frame=0, start_ns=0, end_ns=0, queued=0)

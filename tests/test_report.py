@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from pipeline import report
+from pipeline.config import Config
 from pipeline.messages import Accounting, Spread, StageSpread, StageStatus, StatusReport, Timing, Xruns
 
 WIDTH = 80
@@ -48,7 +49,7 @@ def a_status() -> StatusReport:
             mic_to_speaker_ms=Spread(frames=44_000, p50_ms=250.0, p95_ms=300.0, p99_ms=310.0, max_ms=600_000.0),
         ),
         xruns=Xruns(capture=3, playback=4),
-        drift_ppm=-12.6,
+        drift_ppm=-12.6, time_ns=1, paused=False, recording=None, settings=Config(),
     )  # fmt: skip
 
 

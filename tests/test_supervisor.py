@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,12 +23,12 @@ from pipeline import messages, supervisor, worker
 from pipeline.config import CaptureConfig, Config, PlaybackConfig
 from pipeline.control import StageLink, Subscription, request
 from pipeline.errors import ConfigError, ControlError
-from pipeline.messages import LogLevel, Reply, StageRecord, StatusReport
+from pipeline.messages import Effect, LogLevel, Reply, StageRecord, StatusReport
 from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.runtime import RunFolder
 from pipeline.supervisor import Supervisor, end_orphans
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
-from pipeline.topology import FRAME, PROCESSES, RINGS, Process
+from pipeline.topology import FRAME, PROCESSES, RINGS, Process, Tap
 from tests import helpers
 from tests.helpers import PATIENCE_S, segments_left, wait_until
 
@@ -98,6 +99,10 @@ def leave(code):
     sys.exit(code)
 
 
+def record(on, frame=7, error=""):
+    link.report(RecordingRecord(path="/r.wav", transcript="/r.txt", on=on, frame=frame, error=error, time_ns=1))
+
+
 def die(number):
     link.close()
     os.kill(os.getpid(), number)
@@ -120,7 +125,7 @@ def send(text):
     link._socket.send(text.encode())
 
 
-acts = {f.__name__: f for f in (say, serve, leave, die, wait_for, print_error, send, ignore_sigterm)}
+acts = {f.__name__: f for f in (say, serve, record, leave, die, wait_for, print_error, send, ignore_sigterm)}
 for name, *arguments in json.loads(script):
     if arguments and isinstance(arguments[0], dict):
         acts[name](**arguments[0])
@@ -129,6 +134,14 @@ for name, *arguments in json.loads(script):
 """
 
 Script = list[list[Any]]
+
+
+def done(verb: str, **frames: int) -> Reply:
+    """The reply to a command that these stages carried out, with effect from these frames on."""
+    effects = [Effect(stage=stage, frame=frame) for stage, frame in frames.items()]
+    return Reply(ok=True, verb=verb, stage=effects[0].stage, frame=effects[0].frame, effects=effects)
+
+
 HEALTHY: Final[Script] = [["say", "ready", "made up"], ["serve"]]
 
 
@@ -142,7 +155,8 @@ class Run:
         self.log: list[tuple[str, LogLevel, str]] = []
         self.text: list[str] = []
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.starts = {process.name: 0 for process in PROCESSES}
+        self.arguments: dict[str, tuple[str, ...]] = {}
+        self.starts: Counter[str] = Counter()
         self.ahead_ns = 0
         self.over = threading.Event()
         self.config = Config(engine="echo", **config)
@@ -151,7 +165,10 @@ class Run:
     def on_log(self, stage: str, level: LogLevel, message: str) -> None:
         self.log.append((stage, level, message))
 
-    def launch(self, process: Process, folder: RunFolder, alive: int) -> "subprocess.Popen[bytes]":
+    def launch(
+        self, process: Process | Tap, folder: RunFolder, alive: int, *arguments: str
+    ) -> "subprocess.Popen[bytes]":
+        self.arguments[process.name] = arguments
         scripts = self.scripts.get(process.name, [HEALTHY])
         script = scripts[min(self.starts[process.name], len(scripts) - 1)]
         self.starts[process.name] += 1
@@ -204,8 +221,8 @@ class Run:
             raise failures[0]
         return code
 
-    def ask(self, verb: str, timeout_s: float = PATIENCE_S) -> Reply:
-        return request(self.folder.control, json.dumps({"verb": verb}).encode(), timeout_s)
+    def ask(self, verb: str, timeout_s: float = PATIENCE_S, **values: Any) -> Reply:
+        return request(self.folder.control, json.dumps({"verb": verb, **values}).encode(), timeout_s)
 
     def status(self) -> StatusReport:
         status = self.ask("status").status
@@ -237,6 +254,10 @@ class Run:
 
     def order_types(self, stage: str) -> list[str]:
         return [order["type"] for order in self.orders(stage)]
+
+    def commands(self, stage: str) -> list[Any]:
+        """What a stage was told to carry out, over all its starts."""
+        return [order["command"] for order in self.orders(stage) if order["type"] == "apply"]
 
     def errors(self) -> list[str]:
         return [message for _, level, message in self.log if level == "error"]
@@ -764,14 +785,18 @@ def test_a_command_is_acknowledged_by_the_stage_that_carried_it_out(make_run: Ma
 
     def client() -> None:
         run.wait_until_running()
-        assert run.ask("mute") == Reply(ok=True, verb="mute", stage="capture", frame=101)
-        assert run.ask("unmute") == Reply(ok=True, verb="unmute", stage="capture", frame=102)
-        assert run.ask("reset") == Reply(ok=True, verb="reset", stage="inference", frame=103)
+        assert run.ask("mute") == done("mute", capture=101)
+        assert run.ask("unmute") == done("unmute", capture=102)
+        assert run.ask("reset") == done("reset", inference=103)
+        assert run.ask("pause") == done("pause", inference=104)
+        assert run.ask("resume") == done("resume", inference=105)
+        assert run.ask("output", spec="null") == done("output", playback=106)
 
     assert run.run(client) == 0
     told = [order["command"]["verb"] for order in run.orders("capture") if order["type"] == "apply"]
     assert told == ["mute", "unmute"]
-    assert "apply" not in run.order_types("playback")
+    assert run.commands("inference") == [{"verb": verb} for verb in ("reset", "pause", "resume")]
+    assert run.commands("playback") == [{"verb": "output", "spec": "null"}]
 
 
 def test_each_client_gets_its_own_reply(make_run: MakeRun) -> None:
