@@ -165,9 +165,13 @@ def _choices(kind: types.Type) -> list[str]:
 
 def _paths(typed: str) -> list[str]:
     """The files and folders that begin as what was typed; a folder ends in /."""
-    folder = os.path.dirname(typed)
+    folder, name = os.path.split(typed)
     try:
         entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
     except OSError:
         return []
-    return [os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "") for entry in entries]
+    return [
+        os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
+        for entry in entries
+        if entry.name.startswith(name) and (name or not entry.name.startswith("."))
+    ]
