@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -18,9 +19,10 @@ import pytest
 import zmq
 
 from pipeline import messages
-from pipeline.control import Hub, StageLink, Subscription, request
+from pipeline.control import Hub, KeyPair, Listening, Remote, StageLink, Subscription, request
 from pipeline.errors import ControlError
 from pipeline.messages import Apply, Heartbeat, Mute, Order, Reply, Start, Stop
+from pipeline.ring import Ring
 from pipeline.runtime import RunFolder
 from tests import helpers
 from tests.helpers import PATIENCE_S, received, wait_until
@@ -467,6 +469,49 @@ def test_no_one_else_can_open_the_sockets(folder: RunFolder) -> None:
     hub.close()
 
 
+INTRUDER: Final = """
+import os, socket, sys
+from pathlib import Path
+from pipeline.ring import Ring
+
+folder, segment, user = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def connect(name):
+    with socket.socket(socket.AF_UNIX) as plain:
+        plain.connect(str(folder / name))
+
+attempts = {"list": lambda: os.listdir(folder), "ring": lambda: Ring.attach(segment).close()}
+for name in ("control.ipc", "events.ipc", "stages.ipc"):
+    attempts[name] = lambda name=name: connect(name)
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        print(name, "open")
+    except Exception as error:
+        print(name, "refused", error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("user", [0, 65_534])
+def test_another_user_can_open_nothing(folder: RunFolder, hub: Hub, user: int) -> None:
+    """What the folder of all runs would let through, the run's own does not; the user itself gets everywhere."""
+    folder.path.parent.chmod(0o755)
+    ring = Ring.create(folder.segment("capture"), 10)
+    try:
+        program = [sys.executable, "-c", INTRUDER, str(folder.path), folder.segment("capture"), str(user)]
+        done = subprocess.run(program, capture_output=True, text=True, check=True)
+    finally:
+        ring.close()
+    found = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()}
+    expected = "open" if user == 0 else "refused"
+    assert found == dict.fromkeys(("list", "ring", "control.ipc", "events.ipc", "stages.ipc"), expected), done.stdout
+    assert len(re.findall("permission", done.stdout, re.IGNORECASE)) == (0 if user == 0 else 5), done.stdout
+
+
 def test_sockets_of_a_dead_run_are_taken_over(folder: RunFolder) -> None:
     make = "from pathlib import Path; import os, sys; from pipeline.control import Hub; "
     make += "hub = Hub(*map(Path, sys.argv[1:])); os.kill(os.getpid(), 9)"
@@ -487,3 +532,175 @@ def test_a_socket_that_cannot_be_made_is_one_clear_line(folder: RunFolder) -> No
     assert str(refused.value).startswith(f"socket in {missing} cannot be made: ")
     assert "\n" not in str(refused.value)
     assert os.umask(before) == before
+
+
+# A second machine
+
+
+def key_pair() -> KeyPair:
+    return KeyPair(*zmq.curve_keypair())
+
+
+SERVER: Final = key_pair()
+LAPTOP: Final = key_pair()
+
+
+def free_port() -> int:
+    """One that is free, as the next one is."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
+
+@pytest.fixture
+def listening() -> Listening:
+    """Where a laptop is let in, and no one else."""
+    port = free_port()
+    addresses = (f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}")
+    return Listening(*addresses, SERVER, lambda public: public == LAPTOP.public)
+
+
+@pytest.fixture
+def remote_hub(folder: RunFolder, listening: Listening) -> Iterator[Hub]:
+    hub = Hub(folder.control, folder.events, folder.stages, listening)
+    yield hub
+    hub.close()
+
+
+def control_of(listening: Listening, keys: KeyPair = LAPTOP, server: bytes = SERVER.public) -> Remote:
+    return Remote(listening.control, server, keys)
+
+
+def events_of(listening: Listening, keys: KeyPair = LAPTOP) -> Remote:
+    return Remote(listening.events, SERVER.public, keys)
+
+
+def test_both_machines_are_answered(folder: RunFolder, remote_hub: Hub, listening: Listening) -> None:
+    with serving(remote_hub, lambda data: Reply(ok=True, verb=data.decode())):
+        for number in range(3):
+            assert request(control_of(listening), b"far%d" % number, PATIENCE_S).verb == f"far{number}"
+            assert request(folder.control, b"near%d" % number, PATIENCE_S).verb == f"near{number}"
+
+
+def test_a_far_subscriber_is_welcomed_and_the_near_one_is_not_told_again(
+    folder: RunFolder, remote_hub: Hub, listening: Listening
+) -> None:
+    remote_hub.publish("state.capture", b'"running"')
+    near = Subscription(folder.events, ("state.", "end"))
+    assert events_until(remote_hub, near, "end") == [("state.capture", '"running"')]
+    assert remote_hub.joined()
+    far = Subscription(events_of(listening), ("state.", "end", "text"))
+    assert events_until(remote_hub, far, "end") == [("state.capture", '"running"')]
+    assert remote_hub.joined()
+    assert remote_hub.is_wanted("text")
+    assert events_until(remote_hub, near, "end") == []
+    far.close()
+
+    def is_gone() -> bool:
+        remote_hub.wait(0.01)
+        return not remote_hub.is_wanted("text")
+
+    wait_until(is_gone, "the end of the subscription")
+    near.close()
+
+
+def test_a_far_subscriber_outlives_the_run(folder: RunFolder, listening: Listening) -> None:
+    far = Subscription(events_of(listening), ("state.", "end"))
+    for number in range(2):
+        hub = Hub(folder.control, folder.events, folder.stages, listening)
+        hub.publish("state.capture", b"%d" % number)
+        assert ("state.capture", str(number)) in events_until(hub, far, "end")
+        hub.close()
+    far.close()
+
+
+@pytest.mark.parametrize("wrong", ["client", "server"])
+def test_a_wrong_key_gets_nothing(folder: RunFolder, remote_hub: Hub, listening: Listening, wrong: str) -> None:
+    keys, server = (key_pair(), SERVER.public) if wrong == "client" else (LAPTOP, key_pair().public)
+    asked: list[bytes] = []
+
+    def answer(data: bytes) -> Reply:
+        asked.append(data)
+        return Reply(ok=True)
+
+    remote_hub.publish("state.capture", b'"running"')
+    subscription = Subscription(Remote(listening.events, server, keys))
+    with serving(remote_hub, answer):
+        with pytest.raises(ControlError) as refused:
+            request(control_of(listening, keys, server), b"{}", 0.7)
+        assert str(refused.value) == (
+            f"{listening.control} did not answer within 0.7 s: expected a run that listens there and knows this "
+            "machine's key (`pipeline keys`)"
+        )
+        assert subscription.receive(0.3) is None
+        assert asked == []
+        assert request(control_of(listening), b"right", PATIENCE_S).ok
+    assert not remote_hub.is_wanted("state.capture")
+    subscription.close()
+
+
+def test_a_client_without_encryption_gets_nothing(remote_hub: Hub, listening: Listening) -> None:
+    remote_hub.publish("state.capture", b'"running"')
+    with zmq.Context() as context, context.socket(zmq.REQ) as asking, context.socket(zmq.SUB) as subscribed:
+        for client, address in ((asking, listening.control), (subscribed, listening.events)):
+            client.setsockopt(zmq.LINGER, 0)
+            client.connect(address)
+        subscribed.subscribe(b"")
+        asking.send(b'{"verb": "status"}')
+        with serving(remote_hub, lambda _: Reply(ok=True)):
+            assert not asking.poll(500)
+            assert not subscribed.poll(300)
+            assert request(control_of(listening), b"{}", PATIENCE_S).ok
+
+
+def test_the_sockets_of_this_machine_ask_for_no_key(folder: RunFolder, remote_hub: Hub, listening: Listening) -> None:
+    with serving(remote_hub, lambda _: Reply(ok=True)):
+        assert request(folder.control, b"{}", PATIENCE_S).ok
+
+
+def test_strangers_that_say_nothing_or_garbage_do_no_harm(remote_hub: Hub, listening: Listening) -> None:
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(47)
+    spoken = [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 1_000,
+        os.urandom(100_000),
+        greeting,
+        greeting + b"\x04\xff" * 99,
+    ]
+    with contextlib.ExitStack() as open_ones, serving(remote_hub, lambda _: Reply(ok=True)):
+        for address in (listening.control, listening.events):
+            for words in spoken * 5:
+                stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+                open_ones.callback(stranger.close)
+                with contextlib.suppress(OSError):  # it was shown the door meanwhile
+                    stranger.sendall(words)
+        assert request(control_of(listening), b"{}", PATIENCE_S).ok
+
+
+def test_a_message_that_is_too_large_is_refused_over_tcp_too(remote_hub: Hub, listening: Listening) -> None:
+    with serving(remote_hub, lambda data: Reply(ok=True, verb=str(len(data)))):
+        with pytest.raises(ControlError, match="did not answer"):
+            request(control_of(listening), b"x" * (MESSAGE_MAX + 1), 0.5)
+        assert request(control_of(listening), b"{}", PATIENCE_S).verb == "2"
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_an_address_that_is_taken_is_one_clear_line(folder: RunFolder, listening: Listening, taken: int) -> None:
+    address = (listening.control, listening.events)[taken]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        other.listen()
+        with pytest.raises(ControlError) as refused:
+            Hub(folder.control, folder.events, folder.stages, listening)
+    assert str(refused.value) == f"remote.listen: {address}: address already in use"
+
+
+def test_an_address_of_another_machine_is_one_clear_line(folder: RunFolder, listening: Listening) -> None:
+    elsewhere = listening._replace(control="tcp://192.0.2.1:5570")
+    with pytest.raises(ControlError) as refused:
+        Hub(folder.control, folder.events, folder.stages, elsewhere)
+    assert str(refused.value) == "remote.listen: tcp://192.0.2.1:5570: cannot assign requested address"
