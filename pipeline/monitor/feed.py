@@ -1,0 +1,73 @@
+"""A run's events, fed to the model: from before the run is up, over its end, and on when it is up again."""
+
+import time
+from typing import Final
+
+import msgspec
+
+from pipeline import messages
+from pipeline.control import Subscription
+from pipeline.monitor.model import Model
+from pipeline.runtime import RunFolder
+
+TOPICS: Final = ("timing.", "state.", "text", "xrun", "log.", "command", "status")
+
+KEEP_UP_S: Final = 5.0
+"""What comes is kept for so long, and longer; then some of it is lost."""
+
+_GONE_S: Final = 2.0
+"""The status comes every second: a run that is silent for so long is looked after."""
+
+
+class Feed:
+    """The model of the run called `name`, kept up with it. Raises ConfigError if it can be no run's name."""
+
+    def __init__(self, name: str) -> None:
+        self._folder = RunFolder(name)
+        self._subscription = Subscription(self._folder.events, TOPICS)
+        self._looked_s = 0.0
+        self.model = Model(name)
+
+    def update(self, wait_s: float = 0.0) -> None:
+        """Take in what has come, of which the first may take `wait_s`."""
+        received = self._subscription.receive(wait_s)
+        while received is not None:
+            self._take(received[1])
+            received = self._subscription.receive(0)
+        self._look()
+
+    def _take(self, record: bytes) -> None:
+        try:
+            event = messages.decode_event(record)
+        except msgspec.MsgspecError:
+            self.model.misunderstood += 1
+        else:
+            self.model.take(event, time.monotonic_ns())
+
+    def _look(self) -> None:
+        """Whether a run that says nothing is there at all."""
+        model, now_s = self.model, time.monotonic()
+        if model.link != "up" or model.last_ns is None:
+            return
+        since_s = max(self._looked_s, model.last_ns / 1e9)
+        if now_s - since_s > _GONE_S:
+            self._looked_s = now_s
+            if not self._folder.is_locked():
+                model.end()
+
+    def wait(self, until_s: float) -> None:
+        """Keep up with the run until that time on the monotonic clock."""
+        while (left_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, KEEP_UP_S))
+            self.update()
+
+    def complete(self, patience_s: float) -> bool:
+        """Wait until the model knows everything of now, for `patience_s` at most; whether it knows the status."""
+        until_s = time.monotonic() + patience_s
+        while not self.model.complete() and (left_s := until_s - time.monotonic()) > 0:
+            self.update(left_s)
+        return self.model.status is not None
+
+    def close(self) -> None:
+        """Unsubscribe."""
+        self._subscription.close()
