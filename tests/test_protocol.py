@@ -89,7 +89,7 @@ def test_every_field_is_on_the_page(kind: type[Struct]) -> None:
     [
         ("| `volume` | number from 0 to 1 |  | as it is | `playback.volume`. ", "limits, and run.toml's words"),
         ("| `text_top_k` | integer from 1 to 100,000 or null |  | as it is | ", "what is none"),
-        ("| `seconds` | number above 0 or null | s | `null` | ", "a default, and a unit"),
+        ("| `seconds` | number above 0 to 86,400 or null | s | `null` | ", "a default, and a unit"),
         ("| `stage` | `capture`, `inference`, `playback` |  |  | ", "choices; must be given"),
         ("| `spec` | string up to 4,096 characters |  |  | ", "how long"),
         ("| `stages` | object: `capture`, `inference`, `playback` to [StageStatus](#stagestatus) |", "a table"),
