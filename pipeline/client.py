@@ -11,14 +11,20 @@
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
 from pipeline import control, messages
-from pipeline.errors import ControlError
+from pipeline.errors import ConfigError, ControlError
 from pipeline.messages import SCHEMA, Event, Reply, StatusReport
 from pipeline.runtime import RunFolder
+from pipeline.topology import FRAME_MS
+
+if TYPE_CHECKING:
+    from pipeline.taps import Conversation, Tap
+
+Side = Literal["microphone", "speaker", "model"]
 
 ANSWER_S: Final = 5.0
 """How long a run may take to answer, a stage's acknowledgement included."""
@@ -170,6 +176,35 @@ class _Run:
                     f"stages of {name!r} were started by hand: end them with Ctrl-C, each in its terminal"
                 )
             yield
+
+    def audio(self, side: Side = "microphone", block_ms: float = FRAME_MS) -> "Tap":
+        """What the microphone hears, what is sent to the speaker, or what the model says, from now on.
+
+        Iterate with `for` or `async for` over blocks of `block_ms`, as arrays with their times, until the run ends.
+        Raises ConfigError, and ControlError where the run is not up or on another machine.
+        """
+        from pipeline import taps
+
+        rings: dict[str, taps.RingName] = {"microphone": "capture", "speaker": "heard", "model": "playback"}
+        if side not in rings:
+            raise ConfigError(f"side {side!r}: expected one of {', '.join(rings)}")
+        return taps.tap(self._present(), rings[side], taps.block_of(block_ms))
+
+    def conversation(self, block_ms: float = FRAME_MS) -> "Conversation":
+        """Both sides in time, from now on: rows of what the microphone heard and what was sent to the speaker then.
+
+        As `audio` otherwise.
+        """
+        from pipeline import taps
+
+        return taps.conversation(self._present(), taps.block_of(block_ms))
+
+    def _present(self) -> RunFolder:
+        """The folder of a run that is up."""
+        folder = self.folder
+        for _ in self._binding():
+            time.sleep(_POLL_S)
+        return folder
 
 
 class Client(_Run):

@@ -13,14 +13,16 @@ from typing import Final, Literal, NamedTuple, Self
 
 import numpy as np
 
+from pipeline.errors import ConfigError
 from pipeline.ring import Anchor, Ring, RingReader, Samples
 from pipeline.runtime import RunFolder
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
-from pipeline.topology import FRAME_MS, SAMPLE_RATE
+from pipeline.topology import SAMPLE_RATE
 
 RingName = Literal["capture", "heard", "playback"]
 
-BLOCK_MS: Final = FRAME_MS
+BLOCK_MS_MIN: Final = 1.0
+BLOCK_MS_MAX: Final = 1_000.0
 
 JUMP_NS: Final = 100 * NS_PER_MS
 """A date that is off by more is no drift: a device was opened anew, or a stage was started again."""
@@ -70,6 +72,13 @@ def samples_in(duration_ns: float) -> int:
 def ns_of(samples: int) -> int:
     """How long so many samples are."""
     return samples * NS_PER_S // SAMPLE_RATE
+
+
+def block_of(block_ms: float) -> int:
+    """How many samples a block of so many ms has. Raises ConfigError."""
+    if not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX:
+        raise ConfigError(f"block_ms {block_ms!r}: expected a number of ms from {BLOCK_MS_MIN:g} to {BLOCK_MS_MAX:g}")
+    return samples_in(block_ms * NS_PER_MS)
 
 
 def zeros(count: int) -> Samples:
@@ -284,8 +293,13 @@ class Tap(_Blocks):
         """Of the next sample."""
         return self._source.position
 
+    @property
+    def written(self) -> int:
+        """Samples from there on that are written."""
+        return self._source.ring.position - self._source.position
+
     def _missing(self) -> int:
-        return self._block - (self._source.ring.position - self._source.position)
+        return self._block - self.written
 
     def _take(self) -> Block | None:
         return self.read(short=self._finishing)
@@ -299,7 +313,7 @@ class Tap(_Blocks):
         position = source.position
         until = source.dates.at(position)[1]
         count = self._block if until is None else min(self._block, until - position)
-        if source.ring.position - position < count and not (short or self.stream_ended):
+        if self.written < count and not (short or self.stream_ended):
             return None
         samples = np.empty(count, np.float32)
         got, lost = source.read(samples)
@@ -346,6 +360,11 @@ class Conversation(_Blocks):
     def lost(self) -> int:
         """Samples of either side that were overwritten before they were read. Silence stands for them."""
         return self._left.lost + self._overlap + self._right.lost
+
+    @property
+    def written_s(self) -> float:
+        """Seconds of the microphone that are there and were not given out."""
+        return self._left.written / SAMPLE_RATE
 
     def _missing(self) -> int:
         return 0 if self._turn is not None else self._left._missing()
