@@ -821,3 +821,94 @@ def test_a_successor_goes_on_where_the_predecessor_was() -> None:
         assert [mark.frame for mark in rig.marks()][-1] == 2
         assert rig.heard.generation == 2
         assert rig.assert_exact().gaps == 0
+
+
+# What commands ask for
+
+
+def test_the_volume_multiplies_what_is_sent_and_changes_within_a_block() -> None:
+    generated = tone(20)
+    with a_rig(generated, frames=30) as rig:
+        rig.arrive(2)
+        rig.block(FRAME)
+        rig.player.volume = 0.25
+        rig.arrive()
+        changing = rig.block(FRAME)
+        rig.arrive()
+        quiet = rig.block(FRAME)
+        rig.player.volume = 1.0
+        rig.arrive()
+        rig.block(FRAME)
+        rig.arrive()
+        rig.block(FRAME)
+        output = rig.output
+        np.testing.assert_array_equal(output[:FRAME], generated[:FRAME])
+        ramp = np.linspace(1, 0.25, FRAME, dtype=np.float32)
+        np.testing.assert_array_equal(changing, generated[FRAME : 2 * FRAME] * ramp)
+        np.testing.assert_array_equal(quiet, generated[2 * FRAME : 3 * FRAME] * np.float32(0.25))
+        # At full volume again it is bit for bit what was generated.
+        np.testing.assert_array_equal(output[4 * FRAME :], generated[4 * FRAME : 5 * FRAME])
+        assert largest_step(output) <= step_allowed(generated)
+        np.testing.assert_array_equal(rig.heard_samples(), output)
+        assert rig.assert_exact().gaps == 0
+
+
+def test_a_fade_at_low_volume_begins_where_the_sound_ended() -> None:
+    generated = tone(3)
+    with a_rig(generated) as rig:
+        rig.player.volume = 0.1
+        rig.arrive()
+        rig.blocks(FRAME)
+        rig.blocks(FRAME)
+        rig.player.volume = 0.0
+        rig.arrive()
+        rig.blocks(2 * FRAME)
+        assert largest_step(rig.output) <= step_allowed(generated)
+        assert not rig.output[-FRAME:].any()
+        rig.assert_exact()
+
+
+def test_silence_that_is_meant_is_no_gap() -> None:
+    generated = speech_like(12)
+    with a_rig(generated) as rig:
+        rig.player.prebuffer_ns = NS_PER_MS
+        rig.arrive(2)
+        rig.blocks(FRAME)
+        rig.writer.pause(True)
+        rig.blocks(20 * FRAME)
+        rig.writer.pause(False)
+        rig.arrive(4, waited_ns=NS_PER_MS)
+        rig.blocks(6 * FRAME)
+        counts = rig.assert_exact()
+        assert rig.player.prebuffer_ns == 2 * NS_PER_MS  # the end of these four was a gap, and the first
+        assert counts.gaps == 1
+        assert largest_step(rig.output) <= step_allowed(generated)
+        assert_played_as_generated(rig)
+
+
+def test_a_player_that_stays_after_all_fades_in_and_goes_on() -> None:
+    generated = tone(12)
+    with a_rig(generated) as rig:
+        rig.arrive(2)
+        rig.blocks(FRAME)
+        rig.player.leave()
+        rig.blocks(FRAME)
+        assert rig.player.silent
+        rig.arrive()
+        rig.player.stay()
+        rig.blocks(3 * FRAME)
+        counts = rig.assert_exact()
+        assert counts.gaps == 1  # only the one at the end, where no more frames were made
+        assert counts.played + counts.skipped == 3 * FRAME
+        assert largest_step(rig.output) <= step_allowed(generated)
+
+
+def test_a_prebuffer_that_is_asked_for_is_what_gaps_are_counted_from() -> None:
+    with a_rig(tone(12)) as rig:
+        rig.player.begin_with(10 * NS_PER_MS)
+        rig.arrive(1, waited_ns=9 * NS_PER_MS)
+        assert not rig.block(24).any()
+        rig.blocks(48, count=24)
+        assert rig.account().played > 0
+        rig.blocks(3 * FRAME)
+        assert rig.player.prebuffer_ns == 20 * NS_PER_MS
