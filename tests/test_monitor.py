@@ -219,7 +219,7 @@ def test_the_timeline_keeps_the_longest_of_each_column_and_where_there_was_none(
 @pytest.mark.parametrize(
     ("event", "kind", "text"),
     [
-        (XrunRecord(stage="playback", kind="gap", count=3, time_ns=START), "xrun", "playback: gap x3"),
+        (XrunRecord(stage="playback", kind="gap", count=3, time_ns=START), "xrun", "playback: gap"),
         (LogRecord(stage="capture", level="error", message="lost", time_ns=START), "error", "capture: lost"),
         (
             CommandRecord(verb="set", values={"volume": 0.5}, ok=False, error="no", start_ns=0, end_ns=START),
@@ -243,6 +243,16 @@ def test_the_timeline_keeps_the_longest_of_each_column_and_where_there_was_none(
 def test_what_happened_is_written_down(event: Event, kind: str, text: str) -> None:
     entry = fed(event).figures(START).journal[-1]
     assert (entry.kind, entry.text, entry.time_ns) == (kind, text, START)
+
+
+def test_what_happens_again_is_counted_in_its_line() -> None:
+    gaps: list[Event] = [XrunRecord(stage="playback", kind="gap", count=n, time_ns=START + n) for n in (1, 3)]
+    model = fed(StatusRecord(status=a_status()), *gaps)
+    assert [(entry.count, entry.time_ns) for entry in model.journal] == [(4, START + 3)]
+    assert "playback: gap x4" in "\n".join(line.plain for line in view.lines(model, START, 80, 23))
+    model.take(LogRecord(stage="capture", level="info", message="a word", time_ns=START), START)
+    model.take(gaps[0], START)
+    assert [entry.count for entry in model.journal] == [4, 1, 1]
 
 
 def test_a_change_of_state_is_news_once() -> None:
@@ -308,7 +318,7 @@ def test_nothing_that_matters_is_cut_off(width: int) -> None:
     for title in ("pid", "WAIT", "late", "xrun"):
         assert len(rows[1]) > columns.index(title)
     for figure in ("12k", "encode 10.0", "step 20.0", "decode 9.0", "-20 dBFS, peak   -6", "80 of 640 ms",
-                   "160 of 240 ms", "187 ms now", "+12 ppm", "concealed 100 ms in 3 gaps", "30/3000 (1%)",
+                   "160 of 240 ms", "187 ms now", "+12 ppm", "gaps 3, concealed 100 ms", "30/3000 (1%)",
                    "talk.wav", "word1999", "line 39"):  # fmt: skip
         assert figure in text, figure
 
@@ -421,7 +431,7 @@ def test_events_of_another_version_are_counted(supervised: Supervised) -> None:
         supervised.hub.publish("xrun", b'{"type":"novel"}')
         follow(feed, supervised, lambda: feed.model.misunderstood == 1, "the event")
         shown = "\n".join(line.plain for line in view.lines(feed.model, START, 80, 23))
-        assert "! 1 events are of another version" in shown
+        assert "! events of another version of the program: 1" in shown
 
 
 def test_a_run_that_went_without_a_word_has_ended_and_may_come_back(folder: RunFolder) -> None:  # noqa: F811
@@ -548,9 +558,9 @@ def test_a_refusal_is_shown(supervised: Supervised) -> None:
 
 def test_clearing_is_of_this_view_only(supervised: Supervised) -> None:
     async def play(app: Monitor, pilot: Pilot[None]) -> None:
-        assert "in 3 gaps" in screen(app)
+        assert "gaps 3" in screen(app)
         await pilot.press("c")
-        await settled(pilot, supervised, lambda: "in 0 gaps" in screen(app), "the counts")
+        await settled(pilot, supervised, lambda: "gaps 0" in screen(app), "the counts")
         assert "figures since 0 s ago" in screen(app)
         assert supervised.asked == []
 

@@ -50,6 +50,7 @@ _COLUMN_NS: Final = COLUMN_S * _NS_PER_S
 
 Link = Literal["waiting", "up", "ended"]
 Since = Literal["run", "clear"]
+EntryKind = Literal["state", "command", "refused", "xrun", "info", "warning", "error"]
 
 
 class StageFigures(Struct, kw_only=True):
@@ -79,11 +80,13 @@ class StageFigures(Struct, kw_only=True):
 
 
 class Entry(Struct, kw_only=True):
-    """Something that happened."""
+    """Something that happened, once or several times in a row."""
 
     time_ns: int
-    kind: Literal["state", "command", "refused", "xrun", "info", "warning", "error"]
+    """When it did last."""
+    kind: EntryKind
     text: str
+    count: int = 1
 
 
 class Figures(Struct, kw_only=True):
@@ -196,7 +199,7 @@ class Model:
             case LogRecord(stage=stage, level=level, message=message, time_ns=time_ns):
                 self._write(time_ns, level, f"{stage}: {message}")
             case XrunRecord(stage=stage, kind=kind, count=count, time_ns=time_ns):
-                self._write(time_ns, "xrun", f"{stage}: {_counted(kind, count)}")
+                self._write(time_ns, "xrun", f"{stage}: {kind}", count)
             case CommandRecord():
                 self._write(event.end_ns, "command" if event.ok else "refused", _answer(event))
             case RecordingRecord():
@@ -222,8 +225,12 @@ class Model:
         if len(self.transcript) > 2 * _TRANSCRIPT:
             self.transcript = self.transcript[-_TRANSCRIPT:]
 
-    def _write(self, time_ns: int, kind: str, text: str) -> None:
-        self.journal.append(Entry(time_ns=time_ns, kind=kind, text=text))  # type: ignore[arg-type]
+    def _write(self, time_ns: int, kind: EntryKind, text: str, count: int = 1) -> None:
+        last = self.journal[-1] if self.journal else None
+        if last is not None and (last.kind, last.text) == (kind, text):
+            last.time_ns, last.count = time_ns, last.count + count
+        else:
+            self.journal.append(Entry(time_ns=time_ns, kind=kind, text=text, count=count))
 
     def _meet(self, pid: int) -> None:
         """Begin anew if it is another run's."""
@@ -433,10 +440,6 @@ def _ms(samples: int) -> float:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _counted(kind: str, count: int) -> str:
-    return kind if count == 1 else f"{kind} x{count}"
 
 
 def _answer(record: CommandRecord) -> str:

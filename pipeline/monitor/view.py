@@ -236,7 +236,7 @@ def _alert(model: Model, figures: Figures, now_ns: int, notice: str) -> Text:
     if silent is not None:
         return Text(f"! no frame of {silent} for {figures.stages[silent].silent_s or SILENT_S:.1f} s", style="bold red")
     if figures.misunderstood:
-        return Text(f"! {figures.misunderstood} events are of another version of the program", style="yellow")
+        return Text(f"! events of another version of the program: {figures.misunderstood}", style="yellow")
     return Text(notice, style="bold")
 
 
@@ -312,7 +312,7 @@ def _gauges(figures: Figures, width: int) -> list[Text]:
             f" p95 {_known(spread, spread.p95_ms)}, max {_known(spread, spread.max_ms)}; drift {drift}"
         ),
         Text(
-            f"concealed {length(figures.concealed_ms)} in {count(figures.gaps)} gaps,"
+            f"gaps {count(figures.gaps)}, concealed {length(figures.concealed_ms)},"
             f" dropped {length(figures.dropped_ms)}, skipped {length(figures.skipped_ms)},"
             f" cleaned {count(figures.cleaned)}"
         ),
@@ -407,4 +407,5 @@ def _happened(figures: Figures, width: int, height: int) -> list[Text]:
 def _entry(entry: Entry, now_ns: int) -> Text:
     age = span(max(0.0, (now_ns - entry.time_ns) / 1_000_000_000))
     line = Text(f"{age:>7} {_KIND_MARK.get(entry.kind, ' ')} ", style="dim")
-    return line.append(" ".join(entry.text.split()), style=f"not dim {_KIND_STYLE[entry.kind]}")
+    times = f" x{entry.count}" if entry.count > 1 else ""
+    return line.append(" ".join(entry.text.split()) + times, style=f"not dim {_KIND_STYLE[entry.kind]}")
