@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-import msgspec
 import zmq
 from zmq.utils import z85
 
@@ -294,10 +293,10 @@ class _Publisher:
         """What was subscribed to since this was asked last, also by another before."""
         wanted: set[bytes] = set()
         for parts in _received(self.socket):
-            subscribed, prefix = parts[0][:1] == b"\x01", parts[0][1:]
-            if subscribed:
+            said, prefix = parts[0][:1], parts[0][1:]
+            if said == b"\x01":
                 wanted.add(prefix)
-            else:
+            elif said == b"\x00":
                 self._subscribed.discard(prefix)
         self._subscribed |= wanted
         return wanted
