@@ -37,7 +37,7 @@ _HEARTBEAT_MS: Final = 5_000
 _LIFELESS_MS: Final = 15_000
 """A peer over TCP that has been silent for so long is taken for gone."""
 
-_RECONNECT_MS: Final = 5_000
+_RECONNECT_MS: Final = 2_000
 """The longest time between two attempts to reach a run on another machine."""
 
 _GATE: Final = "inproc://zeromq.zap.01"
