@@ -108,7 +108,10 @@ class Record(Command):
 
 
 class Trace(Command):
-    """The event records of the last minutes, as they were published."""
+    """The event records of the last minutes, as they were published, but for `status`, which repeats them.
+
+    Five minutes are kept, less where there were more than 16 MiB of them.
+    """
 
     seconds: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     """Only those of the last so many seconds."""
@@ -356,7 +359,8 @@ class TimingRecord(_Record, tag="timing", kw_only=True):
     """When what was said above began."""
     end_ns: int
     queued: int
-    """Frames waiting for this stage when it began."""
+    """Frames waiting for this stage when it began. Capture and playback: in their ring when this was reported, up to two
+    frames later."""
     encode_ms: float = 0.0
     """Inference: the codec's work on what was heard."""
     step_ms: float = 0.0
@@ -497,6 +501,8 @@ class Heartbeat(_Record, tag="heartbeat", kw_only=True):
     """The stage lives. Every second."""
 
     stage: StageName
+    busy_ms: float = 0.0
+    """How long its main loop has been at one turn. Waiting is none."""
     device_latency_ms: float = 0.0
     """As the device reports it now."""
     lost_reports: int = 0

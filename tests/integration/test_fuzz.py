@@ -5,7 +5,8 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from tests.fuzz import EXTREME, MEANINGLESS, UNOPENABLE, Attack, Maker, is_command, is_report
+from pipeline.control import Subscription
+from tests.fuzz import EXTREME, MEANINGLESS, PATIENCE_S, UNOPENABLE, Attack, Maker, is_command, is_report
 from tests.runs import Run, Runs, assert_balanced, wait_for
 
 MESSAGES: Final = 100_000
@@ -46,9 +47,11 @@ def test_a_run_bears_what_nobody_should_send(runs: Runs) -> None:
     options = ("--input", "tone:440", "--output", "null", "--config", str(runs.config(CONFIG)))
     with runs.up("--engine", "echo", *options) as run:
         run.running()
-        attack = Attack(runs.folder / "run" / "default", SEED)
+        folder = runs.folder / "run" / "default"
+        attack = Attack(folder, SEED)
         attack.commands(UNOPENABLE, ok=False)
         before = run.status()
+        monitor = Subscription(folder / "events.ipc", ("status",))
         attack.commands(MEANINGLESS, ok=False)
         attack.commands(EXTREME, ok=True)
         memory = attacked(run, attack)
@@ -58,6 +61,10 @@ def test_a_run_bears_what_nobody_should_send(runs: Runs) -> None:
         assert after["accounting"]["played"] > before["accounting"]["played"]
         assert memory["last round"] - memory["first round"] < GROWTH_MAX, memory
         assert attack.sent.total() >= MESSAGES
+        while monitor.receive(0) is not None:
+            pass
+        assert monitor.receive(PATIENCE_S) is not None  # it is told as before
+        monitor.close()
         attack.commands([b'{"verb":"mute"}', b'{"verb":"unmute"}', b'{"verb":"status"}'], ok=True)
         assert run.interrupt() == 0, run.err
     assert runs.leftovers() == []
