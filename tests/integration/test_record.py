@@ -186,3 +186,26 @@ def test_the_words_are_beside_it(runs: Runs) -> None:
     assert left.any()
     assert right.any()
     assert " ".join(run.out.split()).find(lines[-1][1]) >= 0
+
+
+def test_stages_that_are_started_again_leave_silence_and_no_shift(echoing: tuple[Runs, tuple[str, ...]]) -> None:
+    runs, arguments = echoing
+    path = runs.folder / "both.wav"
+    with runs.up(*arguments) as run:
+        run.running()
+        record(runs, "on=true", f"path={path}")
+        for stage in ("playback", "capture"):
+            wait_for_seconds(path, soundfile.info(path).duration + 1.0 if path.stat().st_size > 100 else 1.0)
+            assert runs.call("send", "restart", f"stage={stage}").returncode == 0
+        wait_for_seconds(path, soundfile.info(path).duration + 2.0)
+        record(runs, "on=false")
+        assert run.interrupt() == 0, run.err
+    left, right = read(path)
+    fed = noise(FED_S)
+    at = int(np.flatnonzero(fed == left[0])[0])
+    away = np.flatnonzero(left == 0)
+    assert SAMPLE_RATE / 10 < len(away) < SAMPLE_RATE * 10
+    np.testing.assert_array_equal(left[left != 0], fed[at : at + len(left) - len(away)][: np.count_nonzero(left)])
+    # In the end the right side is the left one again, as much later as the way through the run takes.
+    later = delay(left[-SAMPLE_RATE:], right[-SAMPLE_RATE:])
+    assert SAMPLE_RATE // 20 < later < SAMPLE_RATE // 2
