@@ -359,8 +359,8 @@ class TimingRecord(_Record, tag="timing", kw_only=True):
     """When what was said above began."""
     end_ns: int
     queued: int
-    """Frames waiting for this stage when it began. Capture and playback: in their ring when this was reported, up to two
-    frames later."""
+    """Frames waiting for this stage when it began. Capture and playback: in their ring when this was reported, up to
+    two frames later."""
     encode_ms: float = 0.0
     """Inference: the codec's work on what was heard."""
     step_ms: float = 0.0
