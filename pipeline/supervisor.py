@@ -66,6 +66,7 @@ from pipeline.ring import Ring
 from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RECORDER, RINGS, SAMPLE_RATE, Process, StageName, Tap
+from pipeline.worker import HEARTBEAT_S, SHOW_STACKS
 
 EXIT_REFUSED: Final = 2
 """Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
@@ -84,6 +85,15 @@ SWITCH_S: Final = 4.5
 
 RESTART_S: Final = 120.0
 """The same where a model may have to be loaded."""
+
+BEATS_MISSED: Final = 3
+"""Heartbeats, one a second, that a stage may miss before it is taken for hung, killed and started again."""
+
+STUCK_S: Final[dict[StageName, float]] = {"capture": 10.0, "inference": 60.0, "playback": 10.0}
+"""How long a stage may be at one turn of its loop, though its heart beats: opening a device, or a step of the model."""
+
+STACKS_S: Final = 0.5
+"""How long a stage that hangs has to write down where, before it is killed."""
 
 STATUS_S: Final = 1.0
 """How often the status is published, while somebody listens."""
@@ -149,6 +159,10 @@ class _StageProcess:
     """The command that it is ended and started again for."""
     kill_at_ns: int | None = None
     """When it is to be killed if it has not ended by itself."""
+    missed: int = 0
+    """Looks at it since its last heartbeat."""
+    stopped: bool = False
+    """By a signal, as a debugger or Ctrl-Z does."""
     durations: Durations = field(default_factory=Durations)
 
     @property
@@ -208,6 +222,7 @@ class Supervisor:
         self._farewells: list[Asked] = []
         self._flight = FlightRecorder()
         self._status_at_ns = 0
+        self._look_at_ns = 0
         self._began_ns = clock()
         self._stop_at_ns: int | None = None
         self._drained_by_ns: int | None = None
@@ -338,6 +353,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
 
     def _spawn(self, stage: _StageProcess) -> None:
+        stage.kill_at_ns, stage.missed = None, 0
         stage.popen = self._launch(stage.process, self._folder, self._alive_read)
         self._set_state(stage, "starting")
 
@@ -395,9 +411,12 @@ class Supervisor:
                 self._log("error", f"{stage.process.name} {how}")
             if stage.state != "fatal":
                 self._set_state(stage, "stopped")
-        self._set_run_state("stopped")
+        self._state = "stopped"
 
     def _farewell(self) -> None:
+        if self.final is not None:
+            self._publish(StatusRecord(status=self.final))  # the last word on every count
+        self._tell_run()
         self.requests.close()
         for asked in self._farewells:
             self.requests.answer(asked, status=self.final)
@@ -445,12 +464,16 @@ class Supervisor:
 
     def _keep_deadlines(self) -> None:
         now = self._clock()
+        if now >= self._look_at_ns:
+            self._look_at_ns = now + round(HEARTBEAT_S * NS_PER_S)
+            self._see_hangs()
         for stage in self._stages.values():
             if stage.state == "backoff" and now >= stage.restart_at_ns:
                 self._spawn(stage)
             if stage.kill_at_ns is not None and now >= stage.kill_at_ns and stage.popen is not None:
                 stage.kill_at_ns = None
-                self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
+                if stage.restart is not None:
+                    self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
                 stage.popen.kill()
         self.requests.give_up()
         if self._stop_at_ns is not None and now >= self._stop_at_ns:
@@ -464,6 +487,34 @@ class Supervisor:
             played = self._rings["playback"].end is not None and not self._rings["playback"].ledger().waiting
             error = f"the input has ended, but for {DRAIN_S:g} s no frame of it was answered or played"
             self._end("" if played else error)
+
+    def _see_hangs(self) -> None:
+        """Once a second: who has not said for long that it lives is asked where it is, and killed."""
+        for stage in self._stages.values():
+            if not stage.alive or stage.state not in ("ready", "running") or stage.kill_at_ns is not None:
+                continue
+            stage.missed += 1
+            if stage.missed > BEATS_MISSED and not self._is_stopped(stage):
+                self._put_down(stage, f"hangs: no sign of life for {BEATS_MISSED * HEARTBEAT_S:g} s")
+
+    def _is_stopped(self, stage: _StageProcess) -> bool:
+        """Whether it was stopped by a signal: then whoever did that will let it go on."""
+        stopped = False
+        with contextlib.suppress(psutil.Error):
+            stopped = stage.popen is not None and psutil.Process(stage.popen.pid).status() == psutil.STATUS_STOPPED
+        if stopped and not stage.stopped:
+            self._log("warning", f"{stage.process.name} was stopped by a signal, and waits to be continued")
+        if stopped or stage.stopped:
+            stage.missed = 0  # and after it goes on it has its time again
+        stage.stopped = stopped
+        return stopped or stage.missed == 0
+
+    def _put_down(self, stage: _StageProcess, why: str) -> None:
+        """Have its stacks written to its log, and kill it a moment later; it is started again like one that died."""
+        self._log("warning", f"{stage.process.name} {why}; where its threads are goes to its log, and it is killed")
+        stage.kill_at_ns = self._clock() + round(STACKS_S * NS_PER_S)
+        if stage.popen is not None:
+            stage.popen.send_signal(SHOW_STACKS)
 
     def _tell_status(self) -> None:
         """Publish the status every second, and at once to whoever has just come."""
@@ -539,10 +590,17 @@ class Supervisor:
                     if report.error:
                         self._tell("supervisor", "warning", f"the recording has ended: {report.error}")
                 case Heartbeat(stage=name):
-                    self._stages[name].device_latency_ms = report.device_latency_ms
-                    self._stages[name].lost_reports = report.lost_reports
+                    self._stage_lives(self._stages[name], report)
                 case Finished(stage=name):
                     self._stage_finished(name)
+
+    def _stage_lives(self, stage: _StageProcess, report: Heartbeat) -> None:
+        stage.missed = 0
+        stage.device_latency_ms = report.device_latency_ms
+        stage.lost_reports = report.lost_reports
+        stuck_s = STUCK_S[stage.process.name]
+        if report.busy_ms > stuck_s * 1_000 and stage.state == "running" and stage.kill_at_ns is None:
+            self._put_down(stage, f"hangs: at one turn for {stuck_s:g} s")
 
     def _time(self, record: TimingRecord) -> None:
         duration_ms = (record.end_ns - record.start_ns) / NS_PER_MS

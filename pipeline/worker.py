@@ -9,10 +9,12 @@ By hand, the first stage of a name makes the rings, the others join, each runs u
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +41,7 @@ from pipeline.messages import (
 )
 from pipeline.ring import Ring
 from pipeline.runtime import RunFolder
-from pipeline.timing import now_ns
+from pipeline.timing import NS_PER_MS, now_ns
 from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE, StageName
 
 EXIT_FATAL: Final = 2
@@ -51,7 +53,11 @@ EXIT_LOST: Final = 3
 _TICK_S: Final = 2 * FRAME_MS / 1_000
 """How often a stage looks around that nothing wakes: what it reports of two frames goes out together."""
 
-_HEARTBEAT_S: Final = 1.0
+HEARTBEAT_S: Final = 1.0
+"""How often a stage says that it lives."""
+
+SHOW_STACKS: Final = signal.SIGUSR1
+"""The signal on which a stage writes where each of its threads is to its log, whatever it is stuck in."""
 
 _SWITCH_S: Final = 0.0005
 """How long the main thread may keep the interpreter from the audio thread: a tenth of a block, not all of it."""
@@ -123,15 +129,39 @@ class _Leave(BaseException):
     """A signal to leave, while a stage is being opened."""
 
 
+class _Pulse(threading.Thread):
+    """Says that the interpreter lives, and for how long the main loop has been at one turn, on a line of its own."""
+
+    def __init__(self, worker: "_Worker", folder: RunFolder) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._worker = worker
+        self._folder = folder
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        link = StageLink(self._folder.stages, f"{self._worker.name}.pulse")
+        while not self._over.wait(HEARTBEAT_S):
+            link.report(self._worker.heartbeat())
+        link.abandon()
+        link.close()
+
+    def stop(self) -> None:
+        """End it, and its line."""
+        self._over.set()
+        self.join()
+
+
 class _Worker:
     """One stage's life."""
 
     def __init__(self, name: StageName, stage: Stage, context: Context, link: StageLink, alive: int | None) -> None:
-        self._name = name
+        self.name = name
         self._stage = stage
         self._context = context
         self._link = link
         self._alive = alive
+        self._turned_ns = now_ns()
+        self._device_latency_ms = 0.0
         self._leaving = False
         self._opening = True
         self._running = False
@@ -180,6 +210,15 @@ class _Worker:
                 self._say("stopped")
         return code
 
+    def heartbeat(self) -> Heartbeat:
+        """What the pulse tells; in its thread."""
+        return Heartbeat(
+            stage=self.name,
+            busy_ms=(now_ns() - self._turned_ns) / NS_PER_MS,
+            device_latency_ms=self._device_latency_ms,
+            lost_reports=self._link.lost,
+        )
+
     def _on_signal(self, *_: object) -> None:
         self._leaving = True
         if self._opening:
@@ -188,7 +227,7 @@ class _Worker:
     def _say(self, state: StageState) -> None:
         self._context.report(
             StageRecord(
-                stage=self._name,
+                stage=self.name,
                 state=state,
                 detail=self._detail,
                 device_latency_ms=self._stage.device_latency_ms(),
@@ -196,7 +235,7 @@ class _Worker:
             )
         )
         if self._alive is None:
-            print(f"{self._name}: {state}{': ' if self._detail else ''}{self._detail}", file=sys.stderr)
+            print(f"{self.name}: {state}{': ' if self._detail else ''}{self._detail}", file=sys.stderr)
 
     def _start(self) -> None:
         self._stage.start()
@@ -224,12 +263,12 @@ class _Worker:
             sources.append(_Descriptor(self._alive))
         for source in sources:
             link.watch(source)
-        heartbeat_ns = 0
         more = False
         while not self._leaving:
             if self._alive in link.wait(0 if more else _TICK_S):  # the supervisor is gone
                 self._link.abandon()
                 return
+            self._turned_ns = now_ns()
             for order in link.orders():
                 match order:
                     case Start():
@@ -241,11 +280,7 @@ class _Worker:
                     case Stop():
                         return
             more = self._running and self._stage.work()
-            now = now_ns()
-            if now - heartbeat_ns >= _HEARTBEAT_S * 1e9:
-                heartbeat_ns = now
-                latency_ms, lost = self._stage.device_latency_ms(), link.lost
-                link.report(Heartbeat(stage=self._name, device_latency_ms=latency_ms, lost_reports=lost))
+            self._device_latency_ms = self._stage.device_latency_ms()
 
 
 class _Descriptor:
@@ -285,9 +320,17 @@ def main(name: StageName, make: Callable[[Context], Stage]) -> None:
         context = Context(config, folder, link, name)
     except PipelineError as error:
         sys.exit(f"{name}: {error}")
+    faulthandler.enable()
+    faulthandler.register(SHOW_STACKS, chain=False)
+    worker = _Worker(name, make(context), context, link, alive)
+    pulse = _Pulse(worker, folder)
+    if alive is not None:
+        pulse.start()
     try:
-        code = _Worker(name, make(context), context, link, alive).run()
+        code = worker.run()
     finally:
+        if alive is not None:
+            pulse.stop()
         context.close()
         link.close()
         if alive is None:

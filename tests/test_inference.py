@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 
 from pipeline.bell import Bell
-from pipeline.config import Config, InferenceConfig
+from pipeline.config import Config, InferenceConfig, SamplerConfig
 from pipeline.control import Hub
-from pipeline.messages import Finished, LogRecord, Mute, Report, Reset, TextRecord, TimingRecord, XrunRecord
+from pipeline.messages import (
+    Finished,
+    LogRecord,
+    Mute,
+    Pause,
+    Report,
+    Reset,
+    Resume,
+    Set,
+    TextRecord,
+    TimingRecord,
+    XrunRecord,
+)
 from pipeline.ring import Consumer, RingReader, RingWriter, Samples
 from pipeline.runtime import RunFolder
 from pipeline.timing import now_ns
@@ -63,6 +75,7 @@ class Engine:
         self.answered: list[Held] = []
         self.most = 0
         self.resets = 0
+        self.samplers: list[SamplerConfig] = []
         self.hold = False
         self.failures: dict[int, Exception] = {}
 
@@ -85,6 +98,9 @@ class Engine:
     def reset(self) -> None:
         self.heard.clear()
         self.resets += 1
+
+    def draw_by(self, sampler: SamplerConfig) -> None:
+        self.samplers.append(sampler)
 
     def keep_warm(self) -> None:
         """There is no device."""
@@ -689,3 +705,53 @@ def test_an_engine_that_does_not_overlap_is_given_one_frame_and_no_thread(folder
             assert rig.counts() == (number + 1, 0, 2 - number)
         assert engine.most == 1
         assert rig.answers() == [0, 1, 2]
+
+
+# What commands ask for
+
+
+def test_a_paused_stage_answers_what_it_was_given_and_drops_what_comes(rig: Rig) -> None:
+    rig.capture_frames(3)
+    rig.work()
+    given = len(rig.engine.listened)
+    assert rig.stage.apply(Pause()) == given
+    assert rig.playback.paused
+    rig.capture_frames(20)
+    rig.work_until(generated=given)
+    rig.work(3)
+    assert rig.answers() == list(range(given))
+    assert rig.counts() == (given, 23 - given, 0)
+    assert rig.stage.apply(Resume()) == 23
+    assert not rig.playback.paused
+    rig.capture_frames(2)
+    rig.work_until(generated=given + 2)
+    assert rig.answers() == [*range(given), 23, 24]
+    assert rig.engine.resets == 0  # it is the same conversation
+
+
+def test_a_stream_that_ends_while_paused_ends(rig: Rig) -> None:
+    rig.stage.apply(Pause())
+    rig.capture_frames(5)
+    rig.microphone.end()
+    rig.work(3)
+    assert rig.counts() == (0, 5, 0)
+    assert rig.playback.end == 0
+
+
+def test_bounds_that_are_set_hold_from_then_on(rig: Rig) -> None:
+    rig.stage.apply(Set(backlog_limit=20, backlog_target=10))
+    rig.engine.hold = True
+    rig.capture_frames(20)
+    rig.work()
+    assert rig.counts()[1] == 0
+    rig.engine.let_go()
+    assert rig.engine.samplers == []  # nothing of it was set
+
+
+def test_the_sampler_that_is_set_is_handed_to_the_engine(rig: Rig) -> None:
+    rig.stage.apply(Set(text_temperature=0.0, audio_top_p=0.5))
+    rig.stage.apply(Set(text_temperature=0.0))
+    rig.stage.apply(Set(audio_top_k=9))
+    first, second = rig.engine.samplers
+    assert (first.text_temperature, first.audio_cut) == (0.0, (None, 0.5, None))
+    assert (second.text_temperature, second.audio_cut) == (0.0, (9, None, None))

@@ -60,13 +60,15 @@ def say(state, detail=""):
 watched = []
 
 
-def serve(acknowledge=True, error="", deaf=False, pairs=False, finished_on="", exit_on="", until=""):
+def serve(acknowledge=True, error="", deaf=False, pairs=False, finished_on="", exit_on="", until="", busy_ms=None):
     if not watched:
         watched.append(Alive())
         link.watch(watched[0])
     pending = []
     while True:
-        if alive in link.wait(10):
+        if busy_ms is not None:
+            link.report(Heartbeat(stage=stage, busy_ms=busy_ms))
+        if alive in link.wait(10 if busy_ms is None else 0.05):
             link.abandon()
             sys.exit(0)
         for order in link.orders():
@@ -117,6 +119,10 @@ def print_error(line):
     print(line, file=sys.stderr, flush=True)
 
 
+def ignore_stacks():
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def ignore_sigterm():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -125,7 +131,8 @@ def send(text):
     link._socket.send(text.encode())
 
 
-acts = {f.__name__: f for f in (say, serve, record, leave, die, wait_for, print_error, send, ignore_sigterm)}
+known = (say, serve, record, leave, die, wait_for, print_error, send, ignore_sigterm, ignore_stacks)
+acts = {f.__name__: f for f in known}
 for name, *arguments in json.loads(script):
     if arguments and isinstance(arguments[0], dict):
         acts[name](**arguments[0])
@@ -294,6 +301,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF_FIRST_S", 0.01)
     monkeypatch.setattr(supervisor, "STOP_S", PATIENCE_S)
     monkeypatch.setattr(supervisor, "ANSWER_S", PATIENCE_S)
+    monkeypatch.setattr(supervisor, "BEATS_MISSED", 1_000)  # the stages of these tests have no heart
 
 
 MakeRun = Callable[..., Run]
@@ -775,6 +783,66 @@ def test_offline_a_refusal_is_as_of_any_other_run(make_run: MakeRun) -> None:
     assert run.run() == supervisor.EXIT_REFUSED
     assert run.errors() == ["capture: no such file"]
     run.assert_nothing_left()
+
+
+# Stages that hang
+
+BEATING: Final[Script] = [["say", "ready"], ["serve", {"busy_ms": 0.0}]]
+
+
+def test_a_stage_that_gives_no_sign_of_life_is_killed_and_started_again(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "BEATS_MISSED", 2)
+    monkeypatch.setattr(supervisor, "HEARTBEAT_S", 0.2)
+    silent = [["ignore_stacks"], ["say", "ready"], ["serve"]]
+    run = make_run(inference=[silent, BEATING], capture=[BEATING], playback=[BEATING])
+
+    def client() -> None:
+        run.wait_until_running()
+        wait_until(lambda: run.status().stages["inference"].restarts == 1, "the restart")
+        run.wait_until_running()
+        assert run.starts == {"playback": 1, "inference": 2, "capture": 1}
+
+    assert run.run(client) == 1
+    hangs, ended = run.warnings()
+    assert hangs.startswith("inference hangs: no sign of life for 0.4 s; ")
+    assert ended.startswith("inference was ended by SIGKILL")
+
+
+def test_a_stage_that_is_stuck_in_one_turn_is_killed_though_its_heart_beats(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(supervisor.STUCK_S, "capture", 2.0)
+    stuck = [["ignore_stacks"], ["say", "ready"], ["serve", {"busy_ms": 2_001.0}]]
+    run = make_run(capture=[stuck, BEATING])
+
+    def client() -> None:
+        wait_until(lambda: run.starts["capture"] == 2, "the restart")
+        run.wait_until_running()
+
+    assert run.run(client) == 1
+    assert run.warnings()[0].startswith("capture hangs: at one turn for 2 s; ")
+
+
+def test_a_stage_that_was_stopped_is_waited_for(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stopped it will let it go on; then it has its time again."""
+    monkeypatch.setattr(supervisor, "BEATS_MISSED", 2)
+    monkeypatch.setattr(supervisor, "HEARTBEAT_S", 0.2)
+    run = make_run(inference=[BEATING], capture=[BEATING], playback=[BEATING])
+
+    def client() -> None:
+        pid = run.wait_until_running().stages["inference"].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: bool(run.warnings()), "it to be noticed")
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        assert run.ask("reset").ok
+        assert run.status().stages["inference"].pid == pid
+
+    assert run.run(client) == 0
+    assert run.warnings() == ["inference was stopped by a signal, and waits to be continued"]
 
 
 # Commands
