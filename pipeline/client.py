@@ -123,7 +123,7 @@ def _matches(topic: str, wanted: str) -> bool:
 def _decoded(record: bytes) -> Event | None:
     try:
         event = messages.decode_event(record)
-    except msgspec.MsgspecError:
+    except messages.MALFORMED:
         return None
     return event if event.schema <= SCHEMA else None
 
@@ -149,6 +149,19 @@ class _Run:
             raise ControlError(f"remote {self._remote}: expected a run on this machine")
         return self._folder
 
+    @property
+    def name(self) -> str:
+        """The run's; of one on another machine, where it listens."""
+        return self._folder.name if self._remote is None else self._remote
+
+    def may_be_up(self) -> bool:
+        """False where it is sure that no run of the name is up: of another machine that is not known."""
+        return self._remote is not None or self._folder.is_locked()
+
+    def subscribe(self, prefixes: tuple[str, ...]) -> control.Subscription:
+        """The events of all topics that begin so, as they are on the wire."""
+        return control.Subscription(self._events, prefixes)
+
     def events(self, *topics: str, timeout_s: float | None = None) -> Events:
         """Subscribe to `topics`; one that ends in * stands for all that begin so, and none at all for everything.
 
@@ -156,7 +169,7 @@ class _Run:
         """
         wanted = topics or ("*",)
         prefixes = tuple(topic.removesuffix("*") for topic in wanted)
-        return Events(control.Subscription(self._events, prefixes), wanted, timeout_s)
+        return Events(self.subscribe(prefixes), wanted, timeout_s)
 
     def _binding(self) -> Iterator[None]:
         """Yields as long as the run is just beginning. Raises ControlError where nobody would answer, and says why."""

@@ -136,6 +136,7 @@ class Requests:
     def _end(self, asked: Asked, reply: Reply) -> None:
         if asked in self._waiting:
             self._waiting.remove(asked)
+            self._sent = {number: sent for number, sent in self._sent.items() if sent[0] is not asked}
         self._hub.reply(asked.address, reply)
         if not isinstance(asked.command, Status | Trace):
             self._publish(

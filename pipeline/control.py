@@ -136,7 +136,6 @@ class Hub:
         self._events = [_Publisher(self._make(zmq.XPUB))]
         self._gate: _Gate | None = None
         self._last: dict[str, bytes] = {}
-        self._joined = False
         try:
             self._bind(control, events, stages)
             if remote is not None:
@@ -193,7 +192,7 @@ class Hub:
             self._gate.admit()
         for publisher in self._events:
             if publisher.socket in ready:
-                self._welcome(publisher)
+                self._welcome(publisher, publisher.subscriptions())
 
     def commands(self) -> Iterator[tuple[list[bytes], bytes]]:
         """The requests that have come: where to reply to, and the request."""
@@ -219,29 +218,18 @@ class Hub:
             self._stages.send_multipart([stage.encode(), messages.encode(order)], zmq.NOBLOCK)
 
     def publish(self, topic: str, record: bytes) -> None:
-        """Send an event to all who subscribed to its topic; the last of each state is kept for those to come."""
-        if topic.startswith("state."):
+        """Send an event to all who subscribed to its topic. The last of each state, and of status, is kept."""
+        if topic.startswith("state.") or topic == "status":
             self._last[topic] = record
         for publisher in self._events:
             publisher.send(topic, record)
 
-    def is_wanted(self, topic: str) -> bool:
-        """Whether anybody subscribed to the topic."""
-        return any(publisher.is_wanted(topic) for publisher in self._events)
-
-    def joined(self) -> bool:
-        """Whether somebody subscribed since this was asked last."""
-        joined, self._joined = self._joined, False
-        return joined
-
-    def _welcome(self, publisher: "_Publisher") -> None:
-        """Tell whoever has just subscribed the last value of each state.
+    def _welcome(self, publisher: "_Publisher", wanted: set[bytes]) -> None:
+        """Tell whoever has just subscribed to `wanted` the last value of each state, and the last status.
 
         Who had subscribed before is told it again: it is the value that it knows. For any number of newcomers at a time
         that is once.
         """
-        wanted = publisher.subscriptions()
-        self._joined = self._joined or bool(wanted)
         for topic, record in self._last.items():
             if any(topic.encode().startswith(prefix) for prefix in wanted):
                 publisher.send(topic, record)
@@ -280,26 +268,14 @@ class _Publisher:
         # Every subscription is shown, also to a topic that someone else has: it is answered with the last value.
         socket.setsockopt(zmq.XPUB_VERBOSE, 1)
         self.socket = socket
-        self._subscribed: set[bytes] = set()
 
     def send(self, topic: str, record: bytes) -> None:
         with contextlib.suppress(zmq.ZMQError):
             self.socket.send_multipart([topic.encode(), record], zmq.NOBLOCK)
 
-    def is_wanted(self, topic: str) -> bool:
-        return any(topic.encode().startswith(prefix) for prefix in self._subscribed)
-
     def subscriptions(self) -> set[bytes]:
         """What was subscribed to since this was asked last, also by another before."""
-        wanted: set[bytes] = set()
-        for parts in _received(self.socket):
-            said, prefix = parts[0][:1], parts[0][1:]
-            if said == b"\x01":
-                wanted.add(prefix)
-            elif said == b"\x00":
-                self._subscribed.discard(prefix)
-        self._subscribed |= wanted
-        return wanted
+        return {parts[0][1:] for parts in _received(self.socket) if parts[0][:1] == b"\x01"}
 
 
 def _received(socket: "zmq.Socket[bytes]") -> Iterator[list[bytes]]:

@@ -1,5 +1,10 @@
 """The errors that a user may cause, each one clear line."""
 
+from typing import Final
+
+EXIT_REFUSED: Final = 2
+"""Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
+
 
 class PipelineError(Exception):
     """Something that the user can put right. str() is one line: what was given and what was expected."""

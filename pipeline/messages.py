@@ -464,7 +464,7 @@ class CommandRecord(_Record, tag="command", kw_only=True):
 
 
 class StatusRecord(_Record, tag="status", kw_only=True):
-    """Topic status: what the command `status` tells, every second as long as somebody listens."""
+    """Topic status: what the command `status` tells, every second."""
 
     status: StatusReport
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import EXIT_REFUSED, ConfigError
 from pipeline.messages import SCHEMA, Accounting, LogLevel, TextRecord
 from pipeline.runtime import RunFolder
-from pipeline.supervisor import EXIT_REFUSED, Supervisor
+from pipeline.supervisor import Supervisor
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import SAMPLE_RATE
 from pipeline.words import Word, Words

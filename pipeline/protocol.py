@@ -176,7 +176,8 @@ fails where the two differ. The same as JSON Schema: [protocol.schema.json](prot
 
 A run listens on two sockets of ZeroMQ in its folder, `$PIPELINE_RUNTIME_DIR/NAME` (by default `pipeline/NAME` in the
 platform's runtime folder). The folder has mode 0700 and the sockets were made under a umask of 077: who may enter is
-the same user, and may do everything. There is no other authentication, and nothing listens on a network.
+the same user, and may do everything. Nothing listens on a network unless
+`remote.listen` is set, and then only for those who have a key ([api.md](api.md)).
 
 | socket | the run's | yours | on the wire |
 |---|---|---|---|
@@ -203,9 +204,9 @@ than 65,536 bytes is not answered: its connection is closed. From another progra
 all this; in a shell, `pipeline send VERB key=value`.
 
 **Events.** A subscription is a prefix: `timing.` is every stage's timing, the empty one is everything. Right after
-subscribing comes the last record of each `state.` topic that was subscribed (the welcome), so that a newcomer knows
-how things are; it may come again when another joins. Nobody waits for a subscriber: one that does not read loses what
-is more than 1,000 messages, and nobody else notices.
+subscribing comes the last record of each `state.` topic that was subscribed, and of `status` (the welcome), so that a
+newcomer knows how things are; it may come again when another joins. Nobody waits for a subscriber: one that does not
+read loses what is more than 1,000 messages, and nobody else notices.
 
 **Versions.** `schema` is {SCHEMA} in every record and in the status. Within a version fields and topics may be added,
 and a field keeps its meaning, type and unit: readers ignore what they do not know. A field that goes, or means

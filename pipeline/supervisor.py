@@ -22,7 +22,7 @@ from pipeline.bell import Bell
 from pipeline.commands import Asked, Requests
 from pipeline.config import Config
 from pipeline.control import Hub
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import EXIT_REFUSED, ConfigError, PipelineError
 from pipeline.flight import FlightRecorder
 from pipeline.messages import (
     Accounting,
@@ -68,9 +68,6 @@ from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RECORDER, RINGS, SAMPLE_RATE, Process, StageName, Tap
 from pipeline.worker import HEARTBEAT_S, SHOW_STACKS
 
-EXIT_REFUSED: Final = 2
-"""Exit code where nothing was begun: the command, a setting, a device or a model is wrong."""
-
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
 
@@ -96,7 +93,7 @@ STACKS_S: Final = 0.5
 """How long a stage that hangs has to write down where, before it is killed."""
 
 STATUS_S: Final = 1.0
-"""How often the status is published, while somebody listens."""
+"""How often the status is published."""
 
 RESTARTS_MAX: Final = 8
 """Restarts of one stage, with no healthy time between them, after which the run is given up."""
@@ -517,9 +514,8 @@ class Supervisor:
             stage.popen.send_signal(SHOW_STACKS)
 
     def _tell_status(self) -> None:
-        """Publish the status every second, and at once to whoever has just come."""
         now = self._clock()
-        if (self.hub.joined() or now >= self._status_at_ns) and self.hub.is_wanted("status"):
+        if now >= self._status_at_ns:
             self._status_at_ns = now + round(STATUS_S * NS_PER_S)
             self._publish(StatusRecord(status=self.status()))
 
@@ -586,8 +582,9 @@ class Supervisor:
                 case Acknowledged():
                     self.requests.acknowledged(report)
                 case RecordingRecord():
+                    began = self.recording.path is not None
                     self.recording.said(report)
-                    if report.error:
+                    if report.error and began:
                         self._tell("supervisor", "warning", f"the recording has ended: {report.error}")
                 case Heartbeat(stage=name):
                     self._stage_lives(self._stages[name], report)
@@ -740,6 +737,7 @@ class Supervisor:
 
     def _take_effect(self, command: AnyCommand) -> None:
         """What the stages have carried out holds for those that will be started again."""
+        self._status_at_ns = 0  # told anew at once
         match command:
             case Mute() | Unmute():
                 self._muted = isinstance(command, Mute)

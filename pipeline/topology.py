@@ -37,6 +37,7 @@ PROCESSES: Final = (
     Process("capture", "procs.capture"),
 )
 
+
 class Tap(NamedTuple):
     """A program that reads rings and that no stage knows of, started when it is asked for."""
 

@@ -38,7 +38,7 @@ _decode: Final = msgspec.json.Decoder(tuple[str, Event]).decode
 _Record = TypeVar("_Record", bound=Event)
 
 
-def command(name: str, path: Path, *, seconds: float | None, following: bool) -> int:
+def command(client: Client, path: Path, *, seconds: float | None, following: bool) -> int:
     """Save the last `seconds` of a run to `path`, or, `following`, the next; returns the exit code.
 
     Raises ConfigError for what cannot be written or waited for, ControlError if the run is not up. A file that was
@@ -46,7 +46,6 @@ def command(name: str, path: Path, *, seconds: float | None, following: bool) ->
     """
     target = _writable(path)
     _check(seconds, following)
-    client = Client(name)
     if following and seconds is not None:
         client.status()
         seconds = _wait(seconds)

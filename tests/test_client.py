@@ -31,16 +31,26 @@ folder = helpers.folder
 runtime_dir = helpers.runtime_dir
 
 
+class Watched(Hub):
+    """A hub that shows what was subscribed to."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(folder.control, folder.events, folder.stages)
+        self.prefixes: set[bytes] = set()
+
+    def _welcome(self, publisher: Any, wanted: set[bytes]) -> None:
+        super()._welcome(publisher, wanted)
+        self.prefixes |= wanted
+
+
 class Serving:
     """A run of the name, as far as a client sees it."""
 
     def __init__(self, folder: RunFolder, answer: Callable[[bytes], Reply]) -> None:
         self._to_publish: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._over = threading.Event()
-        self._hub = Hub(folder.control, folder.events, folder.stages)
+        self._hub = Watched(folder)
         self._answer = answer
-        self.wanted: set[str] = set()
-        """The topics `text`, `timing.capture` and `state.run`, where somebody subscribed to them."""
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -52,14 +62,16 @@ class Serving:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._hub.publish(*self._to_publish.get_nowait())
-            self.wanted = {topic for topic in ("text", "timing.capture", "state.run") if self._hub.is_wanted(topic)}
 
     def publish(self, record: Event | bytes, topic: str = "") -> None:
         encoded = record if isinstance(record, bytes) else messages.encode(record)
         self._to_publish.put((topic or str(messages.topic(messages.decode_event(encoded))), encoded))
 
     def wait_for_subscriber(self, topic: str = "text") -> None:
-        wait_until(lambda: topic in self.wanted, f"a subscription to {topic}")
+        wait_until(lambda: self.is_wanted(topic), f"a subscription to {topic}")
+
+    def is_wanted(self, topic: str) -> bool:
+        return any(topic.encode().startswith(prefix) for prefix in self._hub.prefixes)
 
     def close(self) -> None:
         self._over.set()
@@ -378,7 +390,7 @@ def test_others_go_on_while_events_are_waited_for(folder: RunFolder) -> None:
     async def listen(run: Serving) -> None:
         events = AsyncClient("t").events("text")
         coming = asyncio.ensure_future(anext(events))
-        while "text" not in run.wanted:
+        while not run.is_wanted("text"):
             await asyncio.sleep(0.01)
         run.publish(text(1))
         assert await coming == text(1)

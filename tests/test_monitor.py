@@ -14,6 +14,7 @@ import pytest
 from textual.pilot import Pilot
 
 from pipeline import messages
+from pipeline.client import Client
 from pipeline.config import Config
 from pipeline.control import Hub
 from pipeline.errors import ControlError
@@ -380,6 +381,7 @@ class Supervised:
         self.hub = Hub(run.control, run.events, run.stages)
         self.status = a_status(pid=pid)
         self.asked: list[dict[str, Any]] = []
+        self.publish(StatusRecord(status=self.status))
 
     def publish(self, event: Event) -> None:
         topic = messages.topic(event)
@@ -388,8 +390,6 @@ class Supervised:
 
     def turn(self, error: str = "") -> None:
         self.hub.wait(0.01)
-        if self.hub.joined():
-            self.publish(StatusRecord(status=self.status))
         for address, data in self.hub.commands():
             self.asked.append(json.loads(data))
             verb = self.asked[-1]["verb"]
@@ -418,7 +418,7 @@ def follow(feed: Feed, supervised: Supervised, true: Callable[[], bool], what: s
 
 
 def test_the_feed_learns_states_at_once_and_events_as_they_come(supervised: Supervised) -> None:
-    with contextlib.closing(Feed("t")) as feed:
+    with contextlib.closing(Feed(Client("t"))) as feed:
         follow(feed, supervised, lambda: feed.model.status is not None, "the status")
         assert feed.model.figures(START).stages["inference"].state == "running"
         supervised.publish(TextRecord(frame=0, text="hello", time_ns=START))
@@ -426,7 +426,7 @@ def test_the_feed_learns_states_at_once_and_events_as_they_come(supervised: Supe
 
 
 def test_events_of_another_version_are_counted(supervised: Supervised) -> None:
-    with contextlib.closing(Feed("t")) as feed:
+    with contextlib.closing(Feed(Client("t"))) as feed:
         follow(feed, supervised, lambda: feed.model.status is not None, "the status")
         supervised.hub.publish("xrun", b'{"type":"novel"}')
         follow(feed, supervised, lambda: feed.model.misunderstood == 1, "the event")
@@ -437,7 +437,7 @@ def test_events_of_another_version_are_counted(supervised: Supervised) -> None:
 def test_a_run_that_went_without_a_word_has_ended_and_may_come_back(folder: RunFolder) -> None:  # noqa: F811
     folder.lock()
     first = Supervised(folder)
-    with contextlib.closing(Feed("t")) as feed:
+    with contextlib.closing(Feed(Client("t"))) as feed:
         follow(feed, first, lambda: feed.model.link == "up", "the run")
         first.close()
         folder.release()
@@ -463,7 +463,7 @@ def test_a_run_that_went_without_a_word_has_ended_and_may_come_back(folder: RunF
 
 def test_a_number_of_views_asks_for_a_run_that_is_up(runtime_dir: object) -> None:  # noqa: F811
     with pytest.raises(ControlError, match="no run is up under 't'"):
-        command.run("t", views=1, interval_s=1.0, as_json=False)
+        command.run(Client("t"), views=1, interval_s=1.0, as_json=False)
 
 
 # The keys
@@ -475,12 +475,12 @@ def driven(
     """A live view of that size while the run's other end answers."""
 
     async def main(feed: Feed) -> None:
-        app = Monitor(feed, interval_s=0.1)
+        app = Monitor(feed, Client("t"), interval_s=0.1)
         async with app.run_test(size=size) as pilot:
             await settled(pilot, supervised, lambda: "running" in screen(app), "the first states")
             await play(app, pilot)
 
-    with contextlib.closing(Feed("t")) as feed:
+    with contextlib.closing(Feed(Client("t"))) as feed:
         asyncio.run(main(feed))
 
 

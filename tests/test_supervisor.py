@@ -22,7 +22,7 @@ import pytest
 from pipeline import messages, supervisor, worker
 from pipeline.config import CaptureConfig, Config, PlaybackConfig
 from pipeline.control import StageLink, Subscription, request
-from pipeline.errors import ConfigError, ControlError
+from pipeline.errors import EXIT_REFUSED, ConfigError, ControlError
 from pipeline.messages import Effect, LogLevel, Reply, StageRecord, StatusReport
 from pipeline.ring import Consumer, Ring, RingWriter
 from pipeline.runtime import RunFolder
@@ -780,7 +780,7 @@ def test_offline_whatever_was_lost_is_an_error(make_run: MakeRun) -> None:
 
 def test_offline_a_refusal_is_as_of_any_other_run(make_run: MakeRun) -> None:
     run = make_run(OFFLINE, capture=[[["say", "fatal", "no such file"], ["leave", 2]]])
-    assert run.run() == supervisor.EXIT_REFUSED
+    assert run.run() == EXIT_REFUSED
     assert run.errors() == ["capture: no such file"]
     run.assert_nothing_left()
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import messages, perfetto, trace
+from pipeline.client import Client
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ControlError, PipelineError
 from pipeline.flight import FlightRecorder
@@ -381,7 +382,7 @@ def test_the_file_holds_what_the_run_tells(
 ) -> None:
     path = tmp_path / "a.pftrace"
     with answering(folder, healthy(10)) as asked:
-        assert trace.command("t", path, seconds=4.5, following=False) == 0
+        assert trace.command(Client("t"), path, seconds=4.5, following=False) == 0
     assert [command.seconds for command in asked] == [4.5]
     assert len(TraceFile.read(path).flows) == 10
     assert capsys.readouterr().out.startswith(f"{path}: 0.8 s, frames: 10, stalls: 0; open it at ")
@@ -390,7 +391,7 @@ def test_the_file_holds_what_the_run_tells(
 
 def test_the_next_seconds_are_waited_for(folder: RunFolder, tmp_path: Path) -> None:
     with answering(folder, healthy(3)) as asked:
-        trace.command("t", tmp_path / "a", seconds=0.05, following=True)
+        trace.command(Client("t"), tmp_path / "a", seconds=0.05, following=True)
     assert asked[0].seconds is not None
     assert asked[0].seconds >= 0.05
 
@@ -402,7 +403,7 @@ def test_ctrl_c_saves_what_there_is(folder: RunFolder, tmp_path: Path, monkeypat
     monkeypatch.setattr("pipeline.trace.time.sleep", interrupted)
     assert threading.current_thread() is threading.main_thread()
     with answering(folder, healthy(3)) as asked:
-        assert trace.command("t", tmp_path / "a", seconds=100, following=True) == 0
+        assert trace.command(Client("t"), tmp_path / "a", seconds=100, following=True) == 0
     assert asked[0].seconds is not None
     assert asked[0].seconds < 100
     assert len(TraceFile.read(tmp_path / "a").flows) == 3
@@ -425,7 +426,7 @@ def refused(call: Callable[[], object], kind: type[PipelineError] = ConfigError)
     ],
 )
 def test_seconds_that_cannot_be(tmp_path: Path, seconds: float | None, following: bool, line: str) -> None:
-    assert refused(lambda: trace.command("t", tmp_path / "a", seconds=seconds, following=following)) == line
+    assert refused(lambda: trace.command(Client("t"), tmp_path / "a", seconds=seconds, following=following)) == line
 
 
 def test_a_file_that_cannot_be_is_told_before_anything_is_waited_for(tmp_path: Path) -> None:
@@ -436,7 +437,7 @@ def test_a_file_that_cannot_be_is_told_before_anything_is_waited_for(tmp_path: P
         (tmp_path / "no" / "a", "expected a file in a folder that is there and may be written"),
         (tmp_path / "file" / "a", "expected a file in a folder that is there and may be written"),
     ):
-        line = refused(lambda path=path: trace.command("t", path, seconds=100, following=True))  # type: ignore[misc]
+        line = refused(lambda path=path: trace.command(Client("t"), path, seconds=100, following=True))  # type: ignore[misc]
         assert line == f"-o {path}: {expected}"
 
 
@@ -444,7 +445,7 @@ def test_a_run_that_is_not_up_costs_no_file(runtime_dir: Path, tmp_path: Path) -
     path = tmp_path / "a"
     path.write_text("good")
     for following in (False, True):
-        call = lambda following=following: trace.command("t", path, seconds=9, following=following)  # noqa: E731
+        call = lambda following=following: trace.command(Client("t"), path, seconds=9, following=following)  # noqa: E731
         assert "no run is up under 't'" in refused(call, ControlError)
     assert path.read_text() == "good"
 
@@ -462,7 +463,7 @@ def test_a_disk_that_is_full_leaves_the_file_that_was_there(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with answering(folder, healthy(3)):
-        line = refused(lambda: trace.command("t", path, seconds=None, following=False))
+        line = refused(lambda: trace.command(Client("t"), path, seconds=None, following=False))
     assert line == f"-o {path}: cannot be written: No space left on device"
     assert path.read_text() == "good"
     assert list(tmp_path.iterdir()) == [path]
@@ -472,6 +473,6 @@ def test_a_link_stays_a_link(folder: RunFolder, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "real")
     with answering(folder, healthy(3)):
-        trace.command("t", link, seconds=None, following=False)
+        trace.command(Client("t"), link, seconds=None, following=False)
     assert link.is_symlink()
     assert len(TraceFile.read(tmp_path / "real").flows) == 3

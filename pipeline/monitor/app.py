@@ -71,11 +71,11 @@ class Monitor(App[None]):
         Binding("q,ctrl+c", "quit", "Quit", key_display="q"),
     ]
 
-    def __init__(self, feed: Feed, interval_s: float) -> None:
+    def __init__(self, feed: Feed, client: Client, interval_s: float) -> None:
         super().__init__(ansi_color=True)
         self._feed = feed
         self._interval_s = interval_s
-        self._client = Client(feed.model.name)
+        self._client = client
         self._notice = ""
         self._noticed_s = 0.0
         self._lines = Lines()

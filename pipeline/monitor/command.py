@@ -28,25 +28,25 @@ _FULL_SCREEN: Final = "\x1b[?1049h\x1b[?25l\x1b[H"
 _FORMER_SCREEN: Final = "\x1b[?25h\x1b[?1049l"
 
 
-def run(name: str, *, views: int | None, interval_s: float, as_json: bool) -> int:
-    """Show the run called `name`: `views` times, or until the user ends it. Returns the exit code.
+def run(client: Client, *, views: int | None, interval_s: float, as_json: bool) -> int:
+    """Show a run: `views` times, or until the user ends it. Returns the exit code.
 
     A number of views asks for a run that is up: raises ControlError if it is not. Endless ones wait for it.
     """
     if views is not None:
-        Client(name).status()
-    with contextlib.closing(Feed(name)) as feed:
+        client.status()
+    with contextlib.closing(Feed(client)) as feed:
         if views is None and not as_json and sys.stdout.isatty() and sys.stdin.isatty():
-            _live(feed, interval_s)
+            _live(feed, client, interval_s)
         else:
             _print(feed, views, interval_s, as_json)
     return 0
 
 
-def _live(feed: Feed, interval_s: float) -> None:
+def _live(feed: Feed, client: Client, interval_s: float) -> None:
     with _preview(feed):
         from pipeline.monitor.app import Monitor  # takes 0.3 s
-    Monitor(feed, interval_s).run()
+    Monitor(feed, client, interval_s).run()
 
 
 @contextlib.contextmanager

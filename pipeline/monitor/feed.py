@@ -3,12 +3,9 @@
 import time
 from typing import Final
 
-import msgspec
-
 from pipeline import messages
-from pipeline.control import Subscription
+from pipeline.client import Client
 from pipeline.monitor.model import Model
-from pipeline.runtime import RunFolder
 
 TOPICS: Final = ("timing.", "state.", "text", "xrun", "log.", "command", "status")
 
@@ -20,13 +17,13 @@ _GONE_S: Final = 2.0
 
 
 class Feed:
-    """The model of the run called `name`, kept up with it. Raises ConfigError if it can be no run's name."""
+    """The model of a run, kept up with it."""
 
-    def __init__(self, name: str) -> None:
-        self._folder = RunFolder(name)
-        self._subscription = Subscription(self._folder.events, TOPICS)
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._subscription = client.subscribe(TOPICS)
         self._looked_s = 0.0
-        self.model = Model(name)
+        self.model = Model(client.name)
 
     def update(self, wait_s: float = 0.0) -> None:
         """Take in what has come, of which the first may take `wait_s`."""
@@ -39,7 +36,7 @@ class Feed:
     def _take(self, record: bytes) -> None:
         try:
             event = messages.decode_event(record)
-        except msgspec.MsgspecError:
+        except messages.MALFORMED:
             self.model.misunderstood += 1
         else:
             self.model.take(event, time.monotonic_ns())
@@ -52,7 +49,7 @@ class Feed:
         since_s = max(self._looked_s, model.last_ns / 1e9)
         if now_s - since_s > _GONE_S:
             self._looked_s = now_s
-            if not self._folder.is_locked():
+            if not self._client.may_be_up():
                 model.end()
 
     def wait(self, until_s: float) -> None:

@@ -1,0 +1,86 @@
+"""The commands about this machine: its devices, what is wrong with it, how fast it is."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import budget, packages
+from pipeline import config as settings
+from pipeline import doctor as checks
+from pipeline.cli import options
+
+
+@click.command()
+@options.json
+def devices(as_json: bool) -> int:
+    """Audio devices, by the names that --input and --output take."""
+    found = checks.audio_devices()
+    if as_json:
+        options.print_json(found)
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("index", "name", "in", "out", "rate", "system", "default"):
+        table.add_column(column, justify="left" if column in {"name", "system", "default"} else "right")
+    for device in found["devices"]:
+        default = [word for word in ("input", "output") if device[f"default_{word}"]]
+        table.add_row(
+            str(device["index"]),
+            Text(device["name"]),
+            str(device["inputs"]),
+            str(device["outputs"]),
+            f"{device['rate']:.0f}",
+            Text(device["api"]),
+            ", ".join(default),
+        )
+    options.out.print(table if found["devices"] else "no audio devices")
+    return 0
+
+
+@click.command()
+@options.name
+@options.settings
+@options.json
+def doctor(name: str, as_json: bool, config: Path | None, **given: Any) -> int:
+    """What is there, what is wrong, and what to do about it."""
+    keys = {"input_": "capture.input", "output": "playback.output"}
+    overrides = {keys.get(key, key): value for key, value in given.items() if value is not None}
+    findings = checks.examine(settings.load(config, overrides), name)
+    if as_json:
+        options.print_json(findings)
+    else:
+        styles = {"ok": "green", "note": "yellow", "wrong": "red"}
+        for finding in findings:
+            options.out.print(f"{finding.state:5} ", style=styles[finding.state], end="")
+            options.out.print(f"{finding.what}: {finding.found}{'. ' if finding.advice else ''}{finding.advice}")
+    return 1 if any(finding.state == "wrong" for finding in findings) else 0
+
+
+@click.command()
+@click.option("--quality", type=options.qualities, help="Of the checkpoint.")
+@click.option("--model", metavar="DIR_OR_REPO", help="A checkpoint; by default the quality's official one.")
+@click.option(
+    "--frames",
+    type=click.IntRange(1, budget.MOST_FRAMES),
+    default=budget.DEFAULT_FRAMES,
+    show_default=True,
+    help="Of speech, 80 ms each.",
+)
+@options.json
+def bench(quality: str | None, model: str | None, frames: int, as_json: bool) -> int:
+    """How fast the model is on this machine, and whether it answers within 80 ms. Leave the machine alone meanwhile."""
+    given = {key: value for key, value in {"quality": quality, "model": model}.items() if value is not None}
+    chosen = settings.load(None, given)
+    packages.need_moshi_mlx()
+    err = options.err
+    with err.status("starting", refresh_per_second=2) if err.is_terminal else contextlib.nullcontext() as progress:
+        on_progress = (lambda line: progress.update(Text(line))) if progress else (lambda line: None)
+        found = budget.bench(chosen.model, chosen.quality, frames, on_progress)
+    if as_json:
+        options.print_json(found)
+    else:
+        options.out.print(budget.view(found))
+    return 0
