@@ -174,7 +174,8 @@ def measure(engine: str, seconds: float, rounds: int) -> Figures:
             for _ in range(rounds):
                 for kind, done in turns.items():
                     done.append(watched.turn(kind, seconds))
-            code = run.interrupt()
+            run.process.terminate()  # SIGINT is ignored by what was started behind a shell
+            code = run.wait()
     assert code == 0, run.err
     sums = {kind: summed(done) for kind, done in turns.items()}
     for figures in sums.values():
