@@ -154,6 +154,11 @@ class _Run:
         """The run's; of one on another machine, where it listens."""
         return self._folder.name if self._remote is None else self._remote
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the run is on another machine, with another clock."""
+        return self._remote is not None
+
     def may_be_up(self) -> bool:
         """False where it is sure that no run of the name is up: of another machine that is not known."""
         return self._remote is not None or self._folder.is_locked()

@@ -14,6 +14,7 @@ from pipeline.messages import (
     CommandRecord,
     Effect,
     Reply,
+    Set,
     Status,
     StatusReport,
     Trace,
@@ -34,6 +35,7 @@ class Asked:
     until_ns: int = 0
     limit_s: float = 0.0
     effects: list[Effect] = field(default_factory=list)
+    answered: bool = False
 
     @property
     def verb(self) -> str:
@@ -44,7 +46,8 @@ class Requests:
     """The commands that came and were not answered yet.
 
     `publish` is given a record of each that was answered; `take_effect` each that every stage has acknowledged, before
-    it is answered.
+    it is answered. `former` gives the settings in force in place of those that a Set would change: with them it is
+    undone in one stage where another could not do it.
     """
 
     def __init__(
@@ -53,11 +56,13 @@ class Requests:
         clock: Callable[[], int],
         publish: Callable[[CommandRecord], None],
         take_effect: Callable[[AnyCommand], None],
+        former: Callable[[Set], Set],
     ) -> None:
         self._hub = hub
         self._clock = clock
         self._publish = publish
         self._take_effect = take_effect
+        self._former = former
         self._orders = 0
         self._sent: dict[int, tuple[Asked, StageName]] = {}
         self._waiting: list[Asked] = []
@@ -81,7 +86,8 @@ class Requests:
             self.wait(asked, stage, limit_s)
             self._orders += 1
             self._sent[self._orders] = asked, stage
-            self._hub.order(stage, Apply(request=self._orders, command=asked.command))
+            apply = Apply(request=self._orders, command=asked.command, until_ns=asked.until_ns)
+            self._hub.order(stage, apply)
 
     def wait(self, asked: Asked, who: str, limit_s: float) -> None:
         """Wait for `who` to carry it out."""
@@ -93,9 +99,32 @@ class Requests:
 
     def acknowledged(self, record: Acknowledged) -> None:
         """A stage has carried out, or refused, what it was ordered."""
-        asked, stage = self._sent.pop(record.request, (None, ""))
-        if asked is not None:
+        if record.request not in self._sent:
+            return
+        asked, stage = self._sent.pop(record.request)
+        if not asked.answered:
             self.carried_out(asked, stage, record.frame, record.error)
+        elif not record.error:
+            self._came_late(asked, stage, record.frame)
+
+    def _came_late(self, asked: Asked, stage: StageName, frame: int) -> None:
+        """What was begun in time and given up meanwhile is done all the same: so say so, or undo it."""
+        if isinstance(asked.command, Set):
+            self._undo(asked.command, stage)
+            return
+        asked.effects.append(Effect(stage=stage, frame=frame))
+        self._take_effect(asked.command)
+        self._tell(asked, "")
+
+    def _undo(self, command: Set, stage: str) -> None:
+        self._hub.order(stage, Apply(request=0, command=self._former(command)))
+
+    def stage_died(self, stage: StageName) -> None:
+        """What it was ordered and has not acknowledged, it never will."""
+        lost = [number for number, (_, ordered) in self._sent.items() if ordered == stage]
+        for asked in [self._sent.pop(number)[0] for number in lost]:
+            if not asked.answered:
+                self.refuse(asked, f"{stage} ended before it acknowledged {asked.verb}", stage)
 
     def carried_out(self, asked: Asked, who: str, frame: int, error: str = "") -> None:
         """`who` has carried it out, with effect from `frame` on, or not, because of `error`."""
@@ -112,7 +141,11 @@ class Requests:
 
     def refuse(self, asked: Asked, error: str, who: str = "") -> None:
         """Answer that it was not carried out, and why."""
+        done, asked.effects = asked.effects, []
         self._end(asked, Reply(ok=False, verb=asked.verb, stage=who, error=error))
+        if isinstance(asked.command, Set):
+            for effect in done:
+                self._undo(asked.command, effect.stage)
 
     def answer(
         self, asked: Asked, *, status: StatusReport | None = None, records: list[msgspec.Raw] | None = None
@@ -134,22 +167,27 @@ class Requests:
         )
 
     def _end(self, asked: Asked, reply: Reply) -> None:
+        if asked.answered:
+            return
+        asked.answered = True
         if asked in self._waiting:
             self._waiting.remove(asked)
-            self._sent = {number: sent for number, sent in self._sent.items() if sent[0] is not asked}
         self._hub.reply(asked.address, reply)
         if not isinstance(asked.command, Status | Trace):
-            self._publish(
-                CommandRecord(
-                    verb=asked.verb,
-                    values=messages.given(asked.command),
-                    ok=reply.ok,
-                    effects=asked.effects,
-                    error=reply.error,
-                    start_ns=asked.start_ns,
-                    end_ns=self._clock(),
-                )
+            self._tell(asked, reply.error)
+
+    def _tell(self, asked: Asked, error: str) -> None:
+        self._publish(
+            CommandRecord(
+                verb=asked.verb,
+                values=messages.given(asked.command),
+                ok=not error,
+                effects=asked.effects,
+                error=error,
+                start_ns=asked.start_ns,
+                end_ns=self._clock(),
             )
+        )
 
     def deadline_ns(self) -> int | None:
         """When the next of them is given up."""

@@ -215,6 +215,20 @@ def changed(config: Config, values: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_switch(spec: str, other: str, *, may_exist: bool) -> None:
+    """Refuse, for one side of a run, the file that its `other` side has, and to write over a file that is there.
+
+    Raises ConfigError.
+    """
+    path, others = _file(spec), _file(other)
+    if path is None:
+        return
+    if others is not None and same_file(path, others):
+        raise ConfigError(f"spec = {spec!r}: expected another file than the run's other side has")
+    if not may_exist and path.exists():
+        raise ConfigError(f"spec = {spec!r}: it exists already; expected a new file")
+
+
 def _override(config: Config, values: Mapping[str, Any], source: str) -> Config:
     merged = msgspec.to_builtins(config)
     for key, value in values.items():

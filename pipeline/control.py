@@ -26,6 +26,9 @@ _MESSAGE_MAX: Final = 1 << 16
 _BACKLOG: Final = 1_000
 """Messages kept for a peer that does not read. What comes after is lost to it."""
 
+_UNREAD: Final = 4
+"""Replies kept for a client that does not read them; one to `trace` has megabytes."""
+
 _FAREWELL_MS: Final = 500
 """How long a stage's last reports may take to leave it."""
 
@@ -132,7 +135,7 @@ class Hub:
         self._stages = self._make(zmq.ROUTER)
         # A stage that was restarted takes over the name of the one that died.
         self._stages.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._controls = [self._make(zmq.ROUTER)]
+        self._controls = [self._make(zmq.ROUTER, _UNREAD)]
         self._events = [_Publisher(self._make(zmq.XPUB))]
         self._gate: _Gate | None = None
         self._last: dict[str, bytes] = {}
@@ -144,11 +147,11 @@ class Hub:
             self.close()
             raise
 
-    def _make(self, kind: int) -> "zmq.Socket[bytes]":
+    def _make(self, kind: int, unread: int = _BACKLOG) -> "zmq.Socket[bytes]":
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.MAXMSGSIZE, _MESSAGE_MAX)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, _BACKLOG)
+        socket.setsockopt(zmq.SNDHWM, unread)
         self._poller.register(socket, zmq.POLLIN)
         return socket
 
@@ -168,7 +171,7 @@ class Hub:
 
     def _listen(self, remote: Listening) -> None:
         self._gate = _Gate(self._make(zmq.REP), remote.is_authorized)
-        self._controls.append(self._make(zmq.ROUTER))
+        self._controls.append(self._make(zmq.ROUTER, _UNREAD))
         self._events.append(_Publisher(self._make(zmq.XPUB)))
         for socket, address in ((self._controls[1], remote.control), (self._events[1].socket, remote.events)):
             _prepare_tcp(socket, address, remote.keys)

@@ -23,6 +23,7 @@ from msgspec import Struct
 from pipeline.config import Address
 from pipeline.control import KeyPair, Listening, Remote, make_keys, read_keys
 from pipeline.errors import ConfigError, ControlError
+from pipeline.runtime import refuse_foreign
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _Z85: Final = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -70,7 +71,7 @@ def make_client(name: str) -> Path:
 
     Raises ConfigError if it can be no name, and ControlError if it has a key.
     """
-    if not _NAME.fullmatch(name) or name in _RESERVED:
+    if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
         raise ConfigError(f"client {name!r}: expected 1 to 32 letters, digits, '.', '_' or '-', and not 'server'")
     make_server()
     public = folder() / "clients" / f"{name}.key"
@@ -86,12 +87,14 @@ def make_client(name: str) -> Path:
 def listening(listen: str) -> Listening:
     """What a run needs that listens at `listen`, such as tcp://192.168.1.5:5570.
 
-    Who is let in is looked up anew for everyone who comes. Raises ControlError where this machine has no keys.
+    Who is let in is looked up anew for everyone who comes. Raises ControlError where this machine has no keys, and
+    ConfigError where someone else could add one.
     """
     at = Address.parse(listen, "remote.listen")
     path = folder() / "server.key_secret"
     if not path.exists():
         raise ControlError(f"remote.listen = {listen!r}: expected keys in {folder()}: make them with `pipeline keys`")
+    refuse_foreign(folder() / "clients", "folder of keys", "PIPELINE_KEYS_DIR")
     return Listening(at.control, at.events, _pair(path), _is_authorized)
 
 

@@ -73,7 +73,7 @@ class Set(Command, kw_only=True):
     backlog_target: Frames | UnsetType = UNSET
     backlog_limit: Frames | UnsetType = UNSET
     volume: Volume | UnsetType = UNSET
-    prebuffer_ms: PrebufferMs | UnsetType = UNSET
+    prebuffer_ms: PrebufferMs | UnsetType | None = UNSET
     queue_frames: QueueFrames | UnsetType = UNSET
 
 
@@ -166,6 +166,16 @@ def given(command: Command) -> dict[str, Any]:
     """A command's fields and their values, without those that are not given."""
     values = {name: getattr(command, name) for name in command.__struct_fields__}
     return {name: value for name, value in values.items() if value is not UNSET}
+
+
+def former(config: Config, command: Set) -> Set:
+    """The command that puts back what `command` would change, where `config` is in force."""
+    names = set(given(command))
+    for kind in ("text", "audio"):
+        cuts = {f"{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")}
+        names |= cuts if names & cuts else set()
+    keys = {name: ALTERS[name].split(".") for name in names}
+    return Set(**{name: getattr(getattr(config, section), key) for name, (section, key) in keys.items()})
 
 
 class StageStatus(Struct, kw_only=True):
@@ -342,6 +352,8 @@ class StageRecord(_Record, tag="state", kw_only=True):
     """The device, file or model it works with; where its state is `fatal`, why."""
     device_latency_ms: float = 0.0
     """What the audio device reports as its own latency, from or to its converter."""
+    pid: int = 0
+    """The process that says so; 0 where the supervisor says it."""
     time_ns: int = 0
 
 
@@ -540,6 +552,8 @@ class Apply(Struct, tag_field="type", tag="apply"):
 
     request: Annotated[int, Meta(ge=0)]
     command: AnyCommand
+    until_ns: int | None = None
+    """When it is too late to begin: nobody waits for it any more."""
 
 
 Order = Start | Finish | Stop | Apply

@@ -49,7 +49,9 @@ class Sample(NamedTuple):
 class Trace:
     """Collects tracks, which are shown in the order in which they were made."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_ns: int) -> None:
+        """`now_ns` is what the clock of all times shows at this moment."""
+        self._now_ns = now_ns
         self._uuids = count(1)
         self._ranks = count()
         self._descriptors: list[schema.TracePacket] = []
@@ -89,7 +91,7 @@ class Trace:
     def serialize(self) -> bytes:
         """The file's content."""
         trace = schema.Trace()
-        trace.packet.append(_clocks())
+        trace.packet.append(_clocks(self._now_ns))
         trace.packet.extend(self._descriptors)
         # Stable, and each track is in order: at the same time one slice ends before the next begins.
         trace.packet.extend(sorted(self._events, key=lambda packet: packet.timestamp))
@@ -184,14 +186,11 @@ def _annotate(event: schema.TrackEvent, values: Mapping[str, Value]) -> None:
                 annotation.string_value = value
 
 
-def _clocks() -> schema.TracePacket:
-    """What the monotonic clock is in the world's time."""
+def _clocks(now_ns: int) -> schema.TracePacket:
+    """What the run's monotonic clock, which shows `now_ns`, is in the world's time."""
     packet = schema.TracePacket()
     snapshot = packet.clock_snapshot
     snapshot.primary_trace_clock = schema.BUILTIN_CLOCK_MONOTONIC
-    for clock, now_ns in (
-        (schema.BUILTIN_CLOCK_MONOTONIC, time.monotonic_ns()),
-        (schema.BUILTIN_CLOCK_REALTIME, time.time_ns()),
-    ):
-        snapshot.clocks.add(clock_id=clock, timestamp=now_ns)
+    snapshot.clocks.add(clock_id=schema.BUILTIN_CLOCK_MONOTONIC, timestamp=now_ns)
+    snapshot.clocks.add(clock_id=schema.BUILTIN_CLOCK_REALTIME, timestamp=time.time_ns())
     return packet

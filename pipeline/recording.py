@@ -37,6 +37,7 @@ class Recording:
         self._record: RecordingRecord | None = None
         self._begins: Asked | None = None
         self._ends: Asked | None = None
+        self._leaving = False
 
     @property
     def path(self) -> str | None:
@@ -52,7 +53,7 @@ class Recording:
         """Begin from `position` in the capture ring on, or end."""
         if command.on:
             self._begin(asked, command.path, position)
-        elif not self.up:
+        elif not self.up or self._leaving:
             self._requests.refuse(asked, "record on = false: nothing is being recorded")
         elif self._begins is not None or self._ends is not None:
             self._requests.refuse(asked, "record on = false: the recording is just beginning or ending")
@@ -64,19 +65,31 @@ class Recording:
     def _begin(self, asked: Asked, path: str | None, position: int) -> None:
         if not path or "\0" in path:
             self._requests.refuse(asked, f"record path = {path!r}: expected the name of a sound file to write")
-        elif self.up:
+        elif self.up and not self._leaving:
             self._requests.refuse(asked, f"record on = true: {self._path} is being recorded; end that first")
         else:
+            self._reap()
             self._path = Path(path).absolute()
+            self._leaving = False
             self._begins = asked
             self._requests.wait(asked, "recorder", BEGIN_S)
             self._popen = self._launch(self._path, position)
+
+    def _reap(self) -> None:
+        """A recorder that has closed its file has nothing left to do."""
+        if self._popen is not None:
+            self._popen.kill()
+            self._popen.wait()
+            self._popen = None
 
     def said(self, record: RecordingRecord) -> None:
         """The recorder has begun, or closed its file."""
         begins, ends = self._begins, self._ends
         self._begins = self._ends = None
         self._record = record if record.on else None
+        self._leaving = not record.on
+        if record.on and (begins is None or begins.answered):
+            self._stop()  # it was given up: nobody knows of it
         if begins is not None:
             ended = "" if record.on else record.error or "the recording has ended"
             self._requests.carried_out(begins, "recorder", record.frame, ended)
@@ -89,7 +102,7 @@ class Recording:
             return
         code, self._popen = self._popen.returncode, None
         begun = self._record
-        if begun is not None or self._begins is not None:
+        if begun is not None or self._begins is not None or self._ends is not None:
             transcript = begun.transcript if begun is not None else ""
             frame = begun.frame if begun is not None else -1
             record = RecordingRecord(

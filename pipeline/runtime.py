@@ -50,13 +50,16 @@ def names() -> list[str]:
     return []
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Whoever may rename a folder above may put another in this one's place; in a sticky one only its owner may."""
+def refuse_foreign(path: Path, what: str = "runtime folder", variable: str = "PIPELINE_RUNTIME_DIR") -> None:
+    """Raise ConfigError where someone else may change what is in a folder, or put another in its place.
+
+    Whoever may rename a folder above may do that; in a sticky one only its owner may.
+    """
     for folder in (path.resolve(), *path.resolve().parents):
         found = folder.stat()
         foreign = found.st_uid not in (os.getuid(), 0)
         if foreign or (found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX):
-            raise ConfigError(f"runtime folder {path}: {folder} is not yours alone to write: set PIPELINE_RUNTIME_DIR")
+            raise ConfigError(f"{what} {path}: {folder} is not yours alone to write: set {variable}")
 
 
 class RunFolder:
@@ -95,7 +98,7 @@ class RunFolder:
         parent.parent.mkdir(parents=True, exist_ok=True)
         parent.mkdir(mode=0o700, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
-        _refuse_foreign(self.path)
+        refuse_foreign(self.path)
         held = os.listdir(self.path)
         if held and self._lock_path.name not in held:
             raise ConfigError(f"runtime folder {self.path} holds something that no run put there: choose another name")

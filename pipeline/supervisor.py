@@ -5,6 +5,7 @@ One loop is the program: it sleeps until a signal, a command, a stage's report o
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -87,10 +88,16 @@ BEATS_MISSED: Final = 3
 """Heartbeats, one a second, that a stage may miss before it is taken for hung, killed and started again."""
 
 STUCK_S: Final[dict[StageName, float]] = {"capture": 10.0, "inference": 60.0, "playback": 10.0}
-"""How long a stage may be at one turn of its loop, though its heart beats: opening a device, or a step of the model."""
+"""How long a stage that runs may be at one turn of its loop, though its heart beats: another device, a model's step."""
+
+OPEN_S: Final[dict[StageName, float]] = {"capture": 30.0, "inference": 900.0, "playback": 30.0}
+"""The same while it starts: a device that hangs, or a model that is loaded from a slow disk."""
 
 STACKS_S: Final = 0.5
 """How long a stage that hangs has to write down where, before it is killed."""
+
+FILES: Final = 8_192
+"""Files and connections that a run may have open, where the system allows so many."""
 
 STATUS_S: Final = 1.0
 """How often the status is published."""
@@ -152,8 +159,10 @@ class _StageProcess:
     was_ready: bool = False
     was_running: bool = False
     """Since its last start."""
+    renewing: bool = False
+    """It was told to end, to be started again at once."""
     restart: Asked | None = None
-    """The command that it is ended and started again for."""
+    """The command that asked for that."""
     kill_at_ns: int | None = None
     """When it is to be killed if it has not ended by itself."""
     missed: int = 0
@@ -176,7 +185,7 @@ class _StageProcess:
             lost_reports=self.lost_reports,
         )
         if status.pid is not None:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):  # OSError: this process may open no more files
                 process = psutil.Process(status.pid)
                 status.memory_mb = process.memory_info().rss / _MEBI
                 times = process.cpu_times()
@@ -255,6 +264,7 @@ class Supervisor:
 
         Raises PipelineError if the name is taken or the run cannot begin.
         """
+        _allow_files()
         self._folder.lock()
         self._signal_read, self._signal_write = socket.socketpair()
         self._alive_read, self._alive_write = os.pipe()
@@ -320,7 +330,7 @@ class Supervisor:
         remote = keys.listening(listen) if listen is not None else None
         self._hub = Hub(self._folder.control, self._folder.events, self._folder.stages, remote)
         self._hub.watch(self._signal_read)
-        self._requests = Requests(self._hub, self._clock, self._publish, self._take_effect)
+        self._requests = Requests(self._hub, self._clock, self._publish, self._take_effect, self._former)
         self._recording = Recording(
             self._requests,
             launch=self._launch_recorder,
@@ -337,8 +347,13 @@ class Supervisor:
         new.replace(self._folder.settings)
 
     def _launch_recorder(self, path: Path, position: int) -> "subprocess.Popen[bytes]":
-        arguments = ("--path", str(path), "--position", str(position))
-        return self._launch(RECORDER, self._folder, self._alive_read, *arguments)
+        return self._start_process(RECORDER, "--path", str(path), "--position", str(position))
+
+    def _start_process(self, program: Process | Tap, *arguments: str) -> "subprocess.Popen[bytes]":
+        try:
+            return self._launch(program, self._folder, self._alive_read, *arguments)
+        except OSError as error:
+            raise ConfigError(f"{program.name} cannot be started: {error.strerror}") from None
 
     def _catch_signals(self) -> None:
         self._signal_write.setblocking(False)
@@ -350,8 +365,8 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
 
     def _spawn(self, stage: _StageProcess) -> None:
-        stage.kill_at_ns, stage.missed = None, 0
-        stage.popen = self._launch(stage.process, self._folder, self._alive_read)
+        stage.kill_at_ns, stage.missed, stage.renewing = None, 0, False
+        stage.popen = self._start_process(stage.process)
         self._set_state(stage, "starting")
 
     def _end(self, error: str = "") -> None:
@@ -394,6 +409,7 @@ class Supervisor:
             self._read_commands()
         self.recording.close(CLOSE_S)
         self._read_reports()
+        self.recording.see_death(self._clock(), _how_it_ended)
         for stage in self._stages.values():
             if stage.popen is None:
                 continue
@@ -411,6 +427,8 @@ class Supervisor:
         self._state = "stopped"
 
     def _farewell(self) -> None:
+        self._wait(0)
+        self._read_commands()
         if self.final is not None:
             self._publish(StatusRecord(status=self.final))  # the last word on every count
         self._tell_run()
@@ -469,7 +487,7 @@ class Supervisor:
                 self._spawn(stage)
             if stage.kill_at_ns is not None and now >= stage.kill_at_ns and stage.popen is not None:
                 stage.kill_at_ns = None
-                if stage.restart is not None:
+                if stage.renewing:
                     self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
                 stage.popen.kill()
         self.requests.give_up()
@@ -497,7 +515,7 @@ class Supervisor:
     def _is_stopped(self, stage: _StageProcess) -> bool:
         """Whether it was stopped by a signal: then whoever did that will let it go on."""
         stopped = False
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             stopped = stage.popen is not None and psutil.Process(stage.popen.pid).status() == psutil.STATUS_STOPPED
         if stopped and not stage.stopped:
             self._log("warning", f"{stage.process.name} was stopped by a signal, and waits to be continued")
@@ -524,9 +542,8 @@ class Supervisor:
         for stage in self._stages.values():
             if stage.popen is None or stage.alive or stage.state == "backoff" or self._state == "stopping":
                 continue
-            if stage.restart is not None and stage.was_running:
-                stage.kill_at_ns = None
-                stage.was_running = False
+            self.requests.stage_died(stage.process.name)
+            if stage.renewing:
                 stage.restarts += 1
                 self._spawn(stage)
                 continue
@@ -595,8 +612,8 @@ class Supervisor:
         stage.missed = 0
         stage.device_latency_ms = report.device_latency_ms
         stage.lost_reports = report.lost_reports
-        stuck_s = STUCK_S[stage.process.name]
-        if report.busy_ms > stuck_s * 1_000 and stage.state == "running" and stage.kill_at_ns is None:
+        stuck_s = (OPEN_S if stage.state == "starting" else STUCK_S)[stage.process.name]
+        if report.busy_ms > stuck_s * 1_000 and stage.kill_at_ns is None:
             self._put_down(stage, f"hangs: at one turn for {stuck_s:g} s")
 
     def _time(self, record: TimingRecord) -> None:
@@ -610,14 +627,14 @@ class Supervisor:
 
     def _stage_said(self, record: StageRecord) -> None:
         stage = self._stages[record.stage]
-        if stage.state == "backoff":
+        if stage.state == "backoff" or (record.pid and stage.popen is not None and record.pid != stage.popen.pid):
             return  # said before it died
         if record.state in ("starting", "running"):
             stage.was_running = record.state == "running"
         stage.state = record.state
         stage.detail = record.detail
         stage.device_latency_ms = record.device_latency_ms
-        if record.state == "running" and stage.restart is not None:
+        if record.state == "running" and stage.restart is not None and not stage.renewing:
             asked, stage.restart = stage.restart, None
             self.requests.carried_out(asked, record.stage, accounting.next_frame(record.stage, **self._rings))
         if record.state != "ready":
@@ -719,8 +736,13 @@ class Supervisor:
     def _pass_on(self, asked: Asked) -> None:
         """Have the stages carry it out that it is for: all of them, or none if one could not."""
         command = asked.command
+        # What is wrong is refused before any stage sees it.
         if isinstance(command, Set):
-            self._changed(command)  # refuses what is wrong before any stage sees it
+            self._changed(command)
+        elif isinstance(command, Input):
+            settings.check_switch(command.spec, self._config.playback.output, may_exist=True)
+        elif isinstance(command, Output):
+            settings.check_switch(command.spec, self._config.capture.input, may_exist=False)
         stages = messages.carried_out_by(command)
         for name in stages:
             state = self._stages[name].state
@@ -734,6 +756,10 @@ class Supervisor:
         if not values:
             raise ConfigError(f"set: expected at least one of {', '.join(messages.ALTERS)}")
         return settings.changed(self._config, {messages.ALTERS[name]: value for name, value in values.items()})
+
+    def _former(self, command: Set) -> Set:
+        """What puts back what `command` would change."""
+        return messages.former(self._config, command)
 
     def _take_effect(self, command: AnyCommand) -> None:
         """What the stages have carried out holds for those that will be started again."""
@@ -749,25 +775,32 @@ class Supervisor:
                 self._config = self._changed(command)
                 self._save_settings()
             case Input(spec=spec):
+                self._drift = accounting.Drift()
                 origin = self._rings["capture"].position
                 self._config = settings.changed(self._config, {"capture.input": spec, "capture.origin": origin})
                 self._save_settings()
             case Output(spec=spec):
+                self._drift = accounting.Drift()
                 self._config = settings.changed(self._config, {"playback.output": spec})
                 self._save_settings()
 
     def _restart(self, asked: Asked, stage: _StageProcess) -> None:
         name = stage.process.name
-        if stage.restart is not None or stage.state not in ("running", "backoff"):
+        if stage.renewing or (stage.restart is not None and not stage.restart.answered):
+            raise ConfigError(f"{name} is being restarted already")
+        if self._state != "running" or stage.state not in ("running", "backoff", "starting"):
             raise ConfigError(f"{name} is {stage.state}, not running")
         stage.restart = asked
         stage.strikes = 0
         self.requests.wait(asked, name, RESTART_S)
         if stage.state == "backoff":
             self._spawn(stage)
-        else:
-            self.hub.order(name, Stop())
-            stage.kill_at_ns = self._clock() + round(STOP_S * NS_PER_S)
+            return
+        stage.renewing = True
+        self.hub.order(name, Stop())
+        if stage.state == "starting" and stage.popen is not None:  # and reads no orders
+            stage.popen.terminate()
+        stage.kill_at_ns = self._clock() + round(STOP_S * NS_PER_S)
 
     @property
     def played_s(self) -> float:
@@ -800,6 +833,14 @@ class Supervisor:
             xruns=xruns,
             drift_ppm=None if self._config.offline else self._drift.ppm(self._rings["capture"], self._rings["heard"]),
         )
+
+
+def _allow_files() -> None:
+    """Raise what this process may open, by default 256 on a Mac: each client that connects takes one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def end_orphans(folder: RunFolder) -> None:

@@ -400,16 +400,14 @@ class Conversation(_Blocks):
         return self._say(block.samples[-gap:], block.time_ns + ns_of(-gap), block.lost)
 
     def _receive(self, *, short: bool) -> Block | None:
-        block = self._left.read(short=short)
-        if block is None:
-            return None
-        begin_ns = block.time_ns - ns_of(block.lost)
-        if self._due_ns is None or abs(begin_ns - self._due_ns) <= JUMP_NS:
-            self._due_ns = begin_ns  # it is the clock
-        if self._gap(block) > -len(block.samples):
-            return block
-        self._overlap += len(block.samples)
-        return self._receive(short=short)
+        while (block := self._left.read(short=short)) is not None:
+            begin_ns = block.time_ns - ns_of(block.lost)
+            if self._due_ns is None or abs(begin_ns - self._due_ns) <= JUMP_NS:
+                self._due_ns = begin_ns  # it is the clock
+            if self._gap(block) > -len(block.samples):
+                break
+            self._overlap += len(block.samples)
+        return block
 
     def _gap(self, block: Block) -> int:
         """Rows of silence that are due before a block; negative, where its first samples come too late."""

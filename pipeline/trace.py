@@ -175,7 +175,7 @@ class History:
 
     def trace(self) -> Trace:
         """The same as tracks."""
-        trace = Trace()
+        trace = Trace(self._status.time_ns)
         self._draw_run(trace)
         self._draw_capture(trace)
         self._draw_inference(trace)

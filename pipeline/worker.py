@@ -231,6 +231,7 @@ class _Worker:
                 state=state,
                 detail=self._detail,
                 device_latency_ms=self._stage.device_latency_ms(),
+                pid=os.getpid(),
                 time_ns=now_ns(),
             )
         )
@@ -242,10 +243,14 @@ class _Worker:
         self._running = True
         self._say("running")
 
-    def _apply(self, request: int, command: AnyCommand) -> None:
-        """Carry out a command, or say why not."""
+    def _apply(self, order: Apply) -> None:
+        """Carry out a command, or say why not. One that came too late was refused already, and is not carried out."""
+        request = order.request
+        if order.until_ns is not None and now_ns() > order.until_ns:
+            self._context.report(Acknowledged(request=request, frame=-1, error="it came too late"))
+            return
         try:
-            frame = self._stage.apply(command)
+            frame = self._stage.apply(order.command)
         except PipelineError as error:
             self._context.report(Acknowledged(request=request, frame=-1, error=str(error)))
             if isinstance(error, DeviceLostError):
@@ -275,8 +280,8 @@ class _Worker:
                         self._start()
                     case Finish():
                         self._stage.finish()
-                    case Apply(request=request, command=command):
-                        self._apply(request, command)
+                    case Apply():
+                        self._apply(order)
                     case Stop():
                         return
             more = self._running and self._stage.work()

@@ -128,6 +128,8 @@ class Capture:
 
     def _report_frames(self, queued: int) -> None:
         while (mark := self._ring.mark(self._next_mark)) is not None:
+            if mark.position + FRAME > self._ring.position:
+                return  # announced, and its last samples are just being written
             self._next_mark += 1
             RingReader(self._ring, mark.position).read(self._frame)
             mean, peak = level(self._frame)

@@ -335,6 +335,8 @@ class Inference:
                 self._reset()
             case Set():
                 self._set(command)
+                if self._asked:  # given to the engine, and not drawn yet
+                    return self._asked[0].number
         return self._reader.position // FRAME
 
     def _reset(self) -> None:

@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
+from pipeline import accounting, messages, worker
 from pipeline import config as settings
-from pipeline import messages, worker
 from pipeline.audio import FADE, Samples, falling, level, rising
 from pipeline.control import HasFileno
 from pipeline.errors import DeviceError, DeviceLostError
@@ -299,7 +299,6 @@ class Playback:
         self._running = False
         self._finished = False
         self._next_mark = self._heard.mark_count
-        self._next_frame = 0
         ledger = self._heard.ledger()
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
 
@@ -338,7 +337,6 @@ class Playback:
         queued = self._playback.ledger().waiting // FRAME
         while (mark := self._heard.mark(self._next_mark)) is not None:
             self._next_mark += 1
-            self._next_frame = mark.frame + 1
             mean, peak = self._level_before(mark.position)
             report(
                 TimingRecord(
@@ -381,14 +379,15 @@ class Playback:
                 self._switch(spec)
             case Set():
                 self._set(command)
-        return self._next_frame
+        return accounting.next_frame("playback", **self._context.rings)
 
     def _set(self, command: Set) -> None:
         player, values = self._player, messages.given(command)
         player.volume = values.get("volume", player.volume)
         player.queue_frames = values.get("queue_frames", player.queue_frames)
         if "prebuffer_ms" in values:
-            player.begin_with(round(values["prebuffer_ms"] * NS_PER_MS))
+            self._context.config.playback.prebuffer_ms = values["prebuffer_ms"]
+            player.begin_with(round(settings.prebuffer_ms(self._context.config) * NS_PER_MS))
 
     def _switch(self, spec: str) -> None:
         """Take another output; where it cannot be opened or started, the present one stays or is opened again."""

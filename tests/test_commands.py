@@ -12,6 +12,7 @@ from pipeline import messages, supervisor
 from pipeline.config import Config
 from pipeline.control import Subscription
 from pipeline.messages import CommandRecord, Effect, Event, RecordingRecord, Reply, RunRecord, StatusRecord
+from pipeline.timing import now_ns
 from tests import helpers, test_supervisor
 from tests.helpers import PATIENCE_S, wait_until
 from tests.test_supervisor import HEALTHY, MakeRun, Run, done
@@ -135,6 +136,71 @@ def test_where_one_stage_cannot_none_is_told(make_run: MakeRun, tmp_path: Path) 
     assert run.commands("inference") == []
 
 
+def test_what_one_stage_cannot_do_is_undone_in_the_other(make_run: MakeRun) -> None:
+    run = make_run(playback=[[["say", "ready"], ["serve", {"error": "it cannot"}]]])
+
+    def client() -> None:
+        before = run.wait_until_running().settings
+        reply = run.ask("set", volume=0.5, backlog_limit=20, text_top_p=0.5)
+        assert (reply.ok, reply.error) == (False, "it cannot")
+        wait_until(lambda: len(run.commands("inference")) == 2, "it to be undone")
+        assert run.status().settings == in_force(run) == before
+
+    assert run.run(client) == 0
+    undone = {
+        "verb": "set",
+        "volume": 1.0,
+        "backlog_limit": 8,
+        "text_top_k": None,
+        "text_top_p": None,
+        "text_min_p": None,
+    }
+    assert run.commands("inference")[1] == undone
+
+
+def test_what_is_acknowledged_late_holds_and_is_told(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was begun in time: to say that the microphone is open would be wrong."""
+    monkeypatch.setattr(supervisor, "ANSWER_S", 0.1)
+    run = make_run(capture=[[["say", "ready"], ["serve", {"pairs": True}]]])
+
+    def client() -> None:
+        run.wait_until_running()
+        listener = Listener(run, "command")
+        reply = run.ask("mute")
+        assert (reply.ok, reply.error) == (False, "capture did not acknowledge mute within 0.1 s")
+        assert not run.status().muted
+        assert not listener.wait_for(CommandRecord).ok
+        run.ask("unmute")  # at which both are acknowledged, the second one first
+        late = listener.wait_for(CommandRecord, verb="mute")
+        assert (late.ok, late.effects[0].stage) == (True, "capture")
+        assert run.status().muted
+        listener.close()
+
+    assert run.run(client) == 0
+
+
+def test_an_order_says_until_when_it_may_be_begun(make_run: MakeRun) -> None:
+    run = make_run()
+
+    def client() -> None:
+        run.wait_until_running()
+        assert run.ask("mute").ok
+
+    assert run.run(client) == 0
+    (order,) = [order for order in run.orders("capture") if order["type"] == "apply"]
+    assert 0 < order["until_ns"] - now_ns() + PATIENCE_S * 1e9 < PATIENCE_S * 1e9
+
+
+def test_what_a_stage_took_with_it_is_refused_at_once(make_run: MakeRun) -> None:
+    run = make_run(capture=[[["say", "ready"], ["serve", {"exit_on": "apply"}]], HEALTHY])
+
+    def client() -> None:
+        run.wait_until_running()
+        assert run.ask("mute").error == "capture ended before it acknowledged mute"
+
+    run.run(client)
+
+
 # input and output
 
 
@@ -161,6 +227,30 @@ def test_a_device_that_a_stage_refuses_is_not_taken(make_run: MakeRun) -> None:
         assert run.status().settings == in_force(run) == before
 
     assert run.run(client) == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "error"),
+    [
+        ("output", "in.wav", "expected another file than the run's other side has"),
+        ("input", "out.wav", "expected another file than the run's other side has"),
+        ("output", "out.wav", "it exists already; expected a new file"),
+        ("output", "other.wav", "it exists already; expected a new file"),
+    ],
+)
+def test_no_file_is_destroyed(make_run: MakeRun, tmp_path: Path, verb: str, file: str, error: str) -> None:
+    for name in ("in.wav", "out.wav", "other.wav"):
+        (tmp_path / name).touch()
+    run = make_run()
+    run.config.capture.input, run.config.playback.output = f"file:{tmp_path}/in.wav", f"file:{tmp_path}/out.wav"
+
+    def client() -> None:
+        run.wait_until_running()
+        reply = run.ask(verb, spec=f"file:{tmp_path}/{file}")
+        assert (reply.ok, reply.error) == (False, f"spec = 'file:{tmp_path}/{file}': {error}")
+
+    assert run.run(client) == 0
+    assert [run.commands(stage) for stage in ("capture", "playback")] == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +364,7 @@ def test_a_stage_that_does_not_come_back_is_said_so(make_run: MakeRun) -> None:
     assert run.starts["capture"] == 3
 
 
-def test_a_stage_that_is_just_starting_is_not_restarted(make_run: MakeRun, tmp_path: Path) -> None:
+def test_nothing_is_restarted_before_the_run_runs(make_run: MakeRun, tmp_path: Path) -> None:
     go = tmp_path / "go"
     run = make_run(inference=[[["wait_for", str(go)], *HEALTHY]])
 
@@ -287,6 +377,40 @@ def test_a_stage_that_is_just_starting_is_not_restarted(make_run: MakeRun, tmp_p
 
     assert run.run(client) == 0
     assert run.starts["inference"] == 1
+
+
+def test_a_stage_that_hangs_at_its_start_can_be_restarted(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(capture=[HEALTHY, [["wait_for", str(tmp_path / "never")]], HEALTHY])
+
+    def client() -> None:
+        run.wait_until_running()
+        first = threading.Thread(target=lambda: run.ask("restart", stage="capture"))
+        first.start()
+        run.wait_for(capture="starting")
+        error = run.ask("restart", stage="capture").error
+        assert error == "capture is being restarted already"
+        run.processes[-1].kill()  # what hangs is gone; the supervisor starts another
+        run.wait_until_running()
+        first.join()
+
+    run.run(client)
+    assert run.starts["capture"] == 3
+
+
+def test_the_end_of_a_stage_is_not_its_restart(make_run: MakeRun) -> None:
+    """It may say once more that it runs, because its device is another."""
+    says_more = [["say", "ready"], ["serve", {"until": "stop"}], ["say", "running", "another"], ["leave", 0]]
+    run = make_run(playback=[says_more, HEALTHY])
+
+    def client() -> None:
+        pid = run.wait_until_running().stages["playback"].pid
+        assert run.ask("restart", stage="playback").ok
+        status = run.status()
+        assert status.stages["playback"].pid not in (None, pid)
+        assert status.stages["playback"].state == "running"
+
+    assert run.run(client) == 0
+    assert run.starts["playback"] == 2
 
 
 # record
@@ -310,9 +434,12 @@ def test_a_recording_begins_and_ends(make_run: MakeRun) -> None:
         listener.wait_for(RecordingRecord, on=True)
         listener.wait_for(RecordingRecord, on=False)
         listener.close()
-        wait_until(lambda: run.ask("record", on=False).error.endswith("nothing is being recorded"), "its end")
+        assert run.ask("record", on=False).error.endswith("nothing is being recorded")
+        # At once, though the first recorder may not have left yet.
+        assert run.ask("record", on=True, path="/r.wav").ok
 
     assert run.run(client) == 0
+    assert run.starts["recorder"] == 2
 
 
 def test_a_relative_path_is_looked_up_where_the_run_is(make_run: MakeRun) -> None:

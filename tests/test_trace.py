@@ -3,6 +3,7 @@
 import errno
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -314,7 +315,7 @@ def test_a_run_of_which_nothing_is_known_and_a_stage_that_is_down() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 1_000), st.integers(0, 300)), max_size=60))
 def test_slices_come_back_with_their_lengths_however_they_overlap(times: list[tuple[int, int]]) -> None:
-    made = Trace()
+    made = Trace(time.monotonic_ns())
     slices = [Slice(f"s{n}", start, start + length) for n, (start, length) in enumerate(times)]
     made.slices(made.process("p", 1), "t", slices)
     found = TraceFile(made.serialize()).slices
@@ -338,7 +339,7 @@ def test_clipped_slices_end_where_the_next_begins() -> None:
 
 
 def test_values_keep_their_kinds() -> None:
-    made = Trace()
+    made = Trace(time.monotonic_ns())
     values: dict[str, perfetto.Value] = {"yes": True, "count": -3, "ratio": 0.25, "word": "ü"}
     made.instants(made.process("p", None), "t", [Instant("i", 5, values, "c")])
     (found,) = TraceFile(made.serialize()).instants
@@ -348,12 +349,12 @@ def test_values_keep_their_kinds() -> None:
 
 
 def test_the_reader_refuses_what_the_trace_processor_would_bend() -> None:
-    made = Trace()
+    made = Trace(time.monotonic_ns())
     made.counter(made.process("p", 1), "c", "ms", [Sample(5, 1.0)])
     good = made.serialize()
     assert TraceFile(good).counters["p: c"] == [(5, 1.0)]
     with pytest.raises(AssertionError, match="sequence"):
-        TraceFile(Trace().serialize().replace(b"\x50\x01", b"\x50\x02"))
+        TraceFile(Trace(time.monotonic_ns()).serialize().replace(b"\x50\x01", b"\x50\x02"))
 
 
 # The command

@@ -98,7 +98,7 @@ class Monitor(App[None]):
         self._feed.update()
         now_s = time.monotonic()
         notice = self._notice if now_s - self._noticed_s < _NOTICE_S else ""
-        shown = view.lines(self._feed.model, time.monotonic_ns(), self.size.width, self.size.height - 1, notice)
+        shown = view.lines(self._feed.model, self._feed.now_ns(), self.size.width, self.size.height - 1, notice)
         self._lines.show(shown)
 
     def action_mute(self) -> None:
@@ -119,7 +119,7 @@ class Monitor(App[None]):
 
     def action_clear(self) -> None:
         """Let this view's counts begin now."""
-        self._feed.model.clear(time.monotonic_ns())
+        self._feed.model.clear(self._feed.now_ns())
         self._say("counts of this view cleared")
 
     def _send(self, verb: str, values: dict[str, Any], timeout_s: float) -> None:

@@ -55,7 +55,7 @@ def _preview(feed: Feed) -> Iterator[None]:
     feed.complete(_WELCOME_S)
     console = Console(highlight=False, markup=False, emoji=False)
     console.file.write(_FULL_SCREEN)
-    shown = view.lines(feed.model, time.monotonic_ns(), console.width, console.height - 1)
+    shown = view.lines(feed.model, feed.now_ns(), console.width, console.height - 1)
     for line in shown[: console.height - 1]:
         console.print(line, no_wrap=True, crop=True, overflow="crop")
     try:
@@ -85,7 +85,7 @@ def _print(feed: Feed, views: int | None, interval_s: float, as_json: bool) -> N
 
 def _texts(feed: Feed, as_json: bool) -> Iterator[str]:
     while True:
-        now_ns = time.monotonic_ns()
+        now_ns = feed.now_ns()
         if as_json:
             yield messages.encode(feed.model.figures(now_ns)).decode()
         elif feed.model.link != "up":
