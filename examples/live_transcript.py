@@ -1,4 +1,4 @@
-"""Prints what the model says, as it says it. Ends with Ctrl-C.
+"""Prints what the model says, as it says it: waits for the run, and goes on with the next one. Ends with Ctrl-C.
 
 python examples/live_transcript.py --name default
 """
@@ -6,8 +6,10 @@ python examples/live_transcript.py --name default
 import argparse
 import asyncio
 import contextlib
+import sys
 
 from pipeline.client import Client
+from pipeline.errors import PipelineError
 from pipeline.messages import TextRecord
 
 
@@ -22,8 +24,11 @@ def main() -> None:
     """Read the arguments, and print until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="default", help="the run's name")
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(transcribe(parser.parse_args().name))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(transcribe(parser.parse_args().name))
+    except PipelineError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What clients ask of a run: read, passed on to the stages that carry it out, answered, and told as an event."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from pipeline.messages import (
     Apply,
     CommandRecord,
     Effect,
+    RecordingRecord,
     Reply,
     Set,
     Status,
@@ -35,6 +37,7 @@ class Asked:
     until_ns: int = 0
     limit_s: float = 0.0
     effects: list[Effect] = field(default_factory=list)
+    recording: RecordingRecord | None = None
     answered: bool = False
 
     @property
@@ -74,9 +77,7 @@ class Requests:
             try:
                 command = messages.decode_command(data)
             except messages.MALFORMED as error:
-                known = ", ".join(messages.VERBS)
-                text = f'not a command: {error}; expected JSON such as {{"verb": "status"}}, with one of {known}'
-                self._hub.reply(address, Reply(ok=False, error=text))
+                self._hub.reply(address, Reply(ok=False, error=_explain(data, error)))
                 continue
             yield Asked(address, command, start_ns)
 
@@ -162,6 +163,7 @@ class Requests:
                 frame=first.frame,
                 effects=effects,
                 status=status,
+                recording=asked.recording,
                 records=records or [],
             ),
         )
@@ -205,3 +207,17 @@ class Requests:
         for asked in list(self._waiting):
             who = asked.awaits[0]
             self.refuse(asked, f"the run ended before {who} acknowledged {asked.verb}", who)
+
+
+def _explain(data: bytes, error: Exception) -> str:
+    """What is wrong with a request: of a verb that there is, its value; else that it is no command."""
+    with contextlib.suppress(*messages.MALFORMED):
+        verb = msgspec.json.decode(data, type=_Verb).verb
+        if verb in messages.VERBS:
+            return f"{verb}: {str(error)[0].lower()}{str(error)[1:]}"
+    known = ", ".join(messages.VERBS)
+    return f'not a command: {error}; expected JSON such as {{"verb": "status"}}, with one of {known}'
+
+
+class _Verb(msgspec.Struct):
+    verb: str

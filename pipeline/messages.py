@@ -81,15 +81,16 @@ class Input(Command):
     """Take another microphone, or what stands in for one. If it cannot be opened the present one stays."""
 
     spec: Name
-    """`device`, `device:NAME`, `file:PATH`, `tone:HZ` or `silence`. A relative PATH is looked up where the run was
-    started."""
+    """`device`, `device:NAME`, `file:PATH`, `tone:HZ` or `silence`. On the wire a relative PATH is looked up where
+    the run was started."""
 
 
 class Output(Command):
     """Take another speaker, or what stands in for one. If it cannot be opened the present one stays."""
 
     spec: Name
-    """`device`, `device:NAME`, `file:PATH` or `null`. A relative PATH is looked up where the run was started."""
+    """`device`, `device:NAME`, `file:PATH` or `null`. PATH is a new file. On the wire a relative one is looked up where
+    the run was started."""
 
 
 class Restart(Command):
@@ -104,7 +105,8 @@ class Record(Command):
     on: bool
     path: Name | None = None
     """The sound file to write, two channels: the microphone and what was sent to the speaker. It must not exist. The
-    transcript is written beside it, as .txt. A relative path is looked up where the run was started."""
+    transcript is written beside it, as .txt. On the wire a relative path is looked up where the run was
+    started."""
 
 
 class Trace(Command):
@@ -335,6 +337,8 @@ class Reply(Struct, kw_only=True, omit_defaults=True):
     """What is wrong, if not ok."""
     status: StatusReport | None = None
     """The answer to status, and shutdown's."""
+    recording: "RecordingRecord | None" = None
+    """The answer to record."""
     records: list[msgspec.Raw] = []
     """The answer to trace: [topic, record], oldest first."""
 

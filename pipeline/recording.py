@@ -64,7 +64,7 @@ class Recording:
 
     def _begin(self, asked: Asked, path: str | None, position: int) -> None:
         if not path or "\0" in path:
-            self._requests.refuse(asked, f"record path = {path!r}: expected the name of a sound file to write")
+            self._requests.refuse(asked, "record: path is not given: expected the name of a sound file to write")
         elif self.up and not self._leaving:
             self._requests.refuse(asked, f"record on = true: {self._path} is being recorded; end that first")
         else:
@@ -90,6 +90,9 @@ class Recording:
         self._leaving = not record.on
         if record.on and (begins is None or begins.answered):
             self._stop()  # it was given up: nobody knows of it
+        for asked in (begins, ends):
+            if asked is not None:
+                asked.recording = record
         if begins is not None:
             ended = "" if record.on else record.error or "the recording has ended"
             self._requests.carried_out(begins, "recorder", record.frame, ended)

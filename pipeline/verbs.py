@@ -95,6 +95,10 @@ def _absolute(verb: str, key: str, value: Any) -> Any:
 
 def outcome(reply: Reply) -> str:
     """What was done, by whom, and from which frame on."""
+    if (recording := reply.recording) is not None:
+        if recording.on:
+            return f"record: to {recording.path}, from frame {recording.frame} on"
+        return f"record: {recording.seconds:.1f} s are in {recording.path}, the words in {recording.transcript}"
     done = [
         f"by {effect.stage}" + (f", from frame {effect.frame} on" if effect.frame >= 0 else "")
         for effect in reply.effects

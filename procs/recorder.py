@@ -20,7 +20,7 @@ import soundfile
 
 from pipeline import control, messages, taps
 from pipeline.control import StageLink, Subscription
-from pipeline.errors import ConfigError, ControlError, PipelineError
+from pipeline.errors import EXIT_REFUSED, ConfigError, ControlError, PipelineError
 from pipeline.messages import RecordingRecord, Stop, TextRecord, Trace
 from pipeline.ring import Ring, Samples
 from pipeline.runtime import RunFolder
@@ -28,9 +28,6 @@ from pipeline.taps import Block
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, RECORDER, SAMPLE_RATE
 from pipeline.words import Word, Words
-
-EXIT_REFUSED: Final = 2
-"""Exit code where nothing was begun."""
 
 SUBTYPES: Final = {
     "WAV": "FLOAT", "RF64": "FLOAT", "W64": "FLOAT", "CAF": "FLOAT", "AIFF": "FLOAT", "AU": "FLOAT",
@@ -175,6 +172,7 @@ class Transcript:
         self._pieces: deque[TextRecord] = deque()
         self._words = Words()
         self._newest_ns = 0
+        self._latest_s = 0.0
 
     def add(self, record: TextRecord) -> None:
         """The model said something. What is told a second time is passed over."""
@@ -195,7 +193,9 @@ class Transcript:
             time_s = block.position / SAMPLE_RATE + (time_ns - block.time_ns) / NS_PER_S
             self._pieces.popleft()
             if time_s >= 0:
-                self._print(*self._words.add_at(time_s, piece.text))
+                # A word follows the one before it, also where the sides were just fitted to each other.
+                self._latest_s = max(self._latest_s, time_s)
+                self._print(*self._words.add_at(self._latest_s, piece.text))
 
     def end(self, block: Block) -> None:
         """Write what was heard until the end of the last block, and no more. Raises OSError."""

@@ -102,9 +102,9 @@ def test_what_two_stages_carry_out_is_answered_once_when_both_have(make_run: Mak
         ({"backlog_limit": 2}, "set: inference.backlog_limit = 2: expected at least inference.backlog_target, 3"),
         ({"backlog_target": 9, "volume": 0.5}, "set: inference.backlog_limit = 8: expected at least"),
         ({"text_top_k": 5, "text_top_p": 0.5}, "set: sampler.text_top_p = 0.5: expected to be unset, as"),
-        ({"volume": 1.5}, "not a command: Expected `float` <= 1.0 - at `$.volume`"),
-        ({"volume": "loud"}, "not a command: Expected `float`, got `str` - at `$.volume`"),
-        ({"loudness": 1}, "not a command: Object contains unknown field `loudness`"),
+        ({"volume": 1.5}, "set: expected `float` <= 1.0 - at `$.volume`"),
+        ({"volume": "loud"}, "set: expected `float`, got `str` - at `$.volume`"),
+        ({"loudness": 1}, "set: object contains unknown field `loudness`"),
     ],
 )
 def test_a_wrong_value_leaves_everything_as_it_was(make_run: MakeRun, values: dict[str, Any], error: str) -> None:
@@ -165,7 +165,8 @@ def test_what_is_acknowledged_late_holds_and_is_told(make_run: MakeRun, monkeypa
 
     def client() -> None:
         run.wait_until_running()
-        listener = Listener(run, "command")
+        listener = Listener(run, "command", "state.run")
+        listener.wait_for(RunRecord)  # it is subscribed
         reply = run.ask("mute")
         assert (reply.ok, reply.error) == (False, "capture did not acknowledge mute within 0.1 s")
         assert not run.status().muted
@@ -188,7 +189,7 @@ def test_an_order_says_until_when_it_may_be_begun(make_run: MakeRun) -> None:
 
     assert run.run(client) == 0
     (order,) = [order for order in run.orders("capture") if order["type"] == "apply"]
-    assert 0 < order["until_ns"] - now_ns() + PATIENCE_S * 1e9 < PATIENCE_S * 1e9
+    assert abs(order["until_ns"] - now_ns()) < PATIENCE_S * 1e9
 
 
 def test_what_a_stage_took_with_it_is_refused_at_once(make_run: MakeRun) -> None:
@@ -424,12 +425,18 @@ def test_a_recording_begins_and_ends(make_run: MakeRun) -> None:
     def client() -> None:
         run.wait_until_running()
         listener = Listener(run, "state.recording")
-        assert run.ask("record", on=True, path="/r.wav") == done("record", recorder=7)
+        begun = run.ask("record", on=True, path="/r.wav")
+        assert begun.recording is not None
+        assert begun.recording.on
+        assert msgspec.structs.replace(begun, recording=None) == done("record", recorder=7)
         assert run.arguments["recorder"][:2] == ("--path", "/r.wav")
         assert run.status().recording == "/r.wav"
         again = run.ask("record", on=True, path="/other.wav")
         assert (again.ok, again.error) == (False, "record on = true: /r.wav is being recorded; end that first")
-        assert run.ask("record", on=False) == done("record", recorder=7)
+        ended = run.ask("record", on=False)
+        assert ended.recording is not None
+        assert not ended.recording.on
+        assert msgspec.structs.replace(ended, recording=None) == done("record", recorder=7)
         assert run.status().recording is None
         listener.wait_for(RecordingRecord, on=True)
         listener.wait_for(RecordingRecord, on=False)
@@ -461,7 +468,7 @@ def test_a_recording_needs_a_path(make_run: MakeRun, path: str | None) -> None:
     def client() -> None:
         run.wait_until_running()
         reply = run.ask("record", on=True, path=path)
-        assert reply.error == f"record path = {path!r}: expected the name of a sound file to write"
+        assert reply.error == "record: path is not given: expected the name of a sound file to write"
 
     assert run.run(client) == 0
     assert run.starts["recorder"] == 0
@@ -473,7 +480,7 @@ def test_a_recording_that_cannot_begin_is_refused_by_the_recorder(make_run: Make
     def client() -> None:
         run.wait_until_running()
         reply = run.ask("record", on=True, path="/r.wav")
-        assert reply == Reply(ok=False, verb="record", stage="recorder", error="it exists already")
+        assert (reply.ok, reply.stage, reply.error) == (False, "recorder", "it exists already")
         assert run.status().recording is None
 
     assert run.run(client) == 0
@@ -573,7 +580,8 @@ def test_every_command_is_told_with_what_came_of_it(make_run: MakeRun) -> None:
 
     def client() -> None:
         run.wait_until_running()
-        listener = Listener(run, "command")
+        listener = Listener(run, "command", "state.run")
+        listener.wait_for(RunRecord)  # it is subscribed
         assert run.ask("status").ok  # which is not told of
         run.ask("set", volume=0.5)
         told = listener.wait_for(CommandRecord)

@@ -174,7 +174,7 @@ def test_nothing_that_can_be_said_is_left_out_above() -> None:
 def test_the_wire_is_plain_json() -> None:
     assert messages.encode(Mute()) == b'{"verb":"mute"}'
     assert messages.encode(Apply(request=1, command=Reset())) == (
-        b'{"type":"apply","request":1,"command":{"verb":"reset"}}'
+        b'{"type":"apply","request":1,"command":{"verb":"reset"},"until_ns":null}'
     )
 
 

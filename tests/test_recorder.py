@@ -17,14 +17,14 @@ import soundfile
 
 from pipeline import messages
 from pipeline.control import Hub
-from pipeline.errors import ConfigError
+from pipeline.errors import EXIT_REFUSED, ConfigError
 from pipeline.messages import RecordingRecord, Stop, TextRecord, Trace
 from pipeline.ring import Ring, RingWriter, Samples
 from pipeline.runtime import RunFolder
 from pipeline.taps import Block, ns_of
 from pipeline.timing import now_ns
 from pipeline.topology import FRAME, FRAME_NS, RECORDER, SAMPLE_RATE
-from procs.recorder import EXIT_REFUSED, HEADER_EVERY, SUBTYPES, SoundFile, Transcript, UnwritableError
+from procs.recorder import HEADER_EVERY, SUBTYPES, SoundFile, Transcript, UnwritableError
 from tests import helpers
 from tests.helpers import speech_like, temporary_ring, wait_until
 

@@ -55,9 +55,12 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to end a conversation
     try:
         code = cli.main(prog_name="pipeline", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        options.err.print(error.format_message())
+        sys.exit(EXIT_REFUSED)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
-        _complain(f"{error.format_message()} See `{command} --help`.")
+        _complain(f"{' '.join(error.format_message().split())} See `{command} --help`.")
     except click.exceptions.Exit as leaving:
         sys.exit(leaving.exit_code)
     except click.Abort:
