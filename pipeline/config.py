@@ -26,6 +26,7 @@ Frames = Annotated[int, Meta(ge=1, le=100)]
 QueueFrames = Annotated[int, Meta(ge=2, le=100)]
 PrebufferMs = Annotated[float, Meta(ge=0, le=80)]
 Volume = Annotated[float, Meta(ge=0, le=1)]
+StepMs = Annotated[float, Meta(ge=0, le=10_000)]
 
 
 class _Section(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -152,6 +153,20 @@ class RemoteConfig(_Section):
     whose key was made by `pipeline keys`. Unset: no other machine reaches the run."""
 
 
+class FaultsConfig(_Section):
+    """What is made worse than it is. For tests: docs/reliability.md."""
+
+    step_ms: StepMs = 0.0
+    """A step of the model takes at least so long, so that echo can stand in for a model of that speed."""
+    jitter_ms: StepMs = 0.0
+    """So much is added to each step at most: another share of it each time."""
+    seed: Seed = 0
+    """Another one, other jitter."""
+    hang: Literal["lock", "loop"] | None = None
+    """What SIGUSR2 does to a stage. `lock`: its main thread keeps the interpreter's lock for ever. `loop`: it turns for
+    ever, and its other threads go on. Unset: nobody can make a stage hang."""
+
+
 class Config(_Section):
     """Everything that a run can be told before it starts."""
 
@@ -170,6 +185,7 @@ class Config(_Section):
     playback: PlaybackConfig = msgspec.field(default_factory=PlaybackConfig)
     sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
     remote: RemoteConfig = msgspec.field(default_factory=RemoteConfig)
+    faults: FaultsConfig = msgspec.field(default_factory=FaultsConfig)
 
 
 _PREBUFFER_MS: Final[dict[EngineName, float]] = {"echo": 3.0, "moshi": 40.0}
