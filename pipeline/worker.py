@@ -25,6 +25,7 @@ from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno, StageLink
 from pipeline.errors import DeviceLostError, PipelineError
+from pipeline.faults import hang_on_signal
 from pipeline.messages import (
     Acknowledged,
     AnyCommand,
@@ -322,6 +323,8 @@ def main(name: StageName, make: Callable[[Context], Stage]) -> None:
         sys.exit(f"{name}: {error}")
     faulthandler.enable()
     faulthandler.register(SHOW_STACKS, chain=False)
+    if config.faults.hang is not None:
+        hang_on_signal(config.faults.hang)
     worker = _Worker(name, make(context), context, link, alive)
     pulse = _Pulse(worker, folder)
     if alive is not None:

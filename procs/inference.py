@@ -28,7 +28,7 @@ from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.timing import now_ns, promote_thread
 from pipeline.topology import FRAME
 from pipeline.worker import Context
-from procs.engines import Answer, Echo, Engine, Step
+from procs.engines import Answer, Echo, Engine, Paced, Step
 
 AHEAD: Final = 2
 """Frames that an engine which overlaps is given at a time: the one whose turn it is, and the next, if it is there."""
@@ -186,6 +186,8 @@ class Inference:
         apple.raise_thread()
         config = self._context.config
         self.detail = "echo" if config.engine == "echo" else self._open_moshi(config)
+        if config.faults.step_ms or config.faults.jitter_ms:
+            self._engine = Paced(self._engine, config.faults)
         if self._engine.overlaps:
             self._answers.start_thread()
 
