@@ -27,6 +27,7 @@ QueueFrames = Annotated[int, Meta(ge=2, le=100)]
 PrebufferMs = Annotated[float, Meta(ge=0, le=80)]
 Volume = Annotated[float, Meta(ge=0, le=1)]
 StepMs = Annotated[float, Meta(ge=0, le=10_000)]
+Ppm = Annotated[float, Meta(ge=-10_000, le=10_000)]
 
 
 class _Section(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -71,6 +72,8 @@ class InferenceConfig(_Section):
     """What is left waiting when a backlog is dropped."""
     backlog_limit: Frames = 8
     """More than these waiting are dropped, oldest first."""
+    step_down: bool = False
+    """Go on with the model's q4, in a new conversation, where q8 or bf16 is too slow and q4 was downloaded too."""
     codec: Literal["auto", "mlx", "rust"] = "auto"
     """What turns sound into codes and back: Mimi on MLX's device, or rustymimi on the CPU. `auto` takes what was
     measured to be faster where MLX computes."""
@@ -165,6 +168,10 @@ class FaultsConfig(_Section):
     hang: Literal["lock", "loop"] | None = None
     """What SIGUSR2 does to a stage. `lock`: its main thread keeps the interpreter's lock for ever. `loop`: it turns for
     ever, and its other threads go on. Unset: nobody can make a stage hang."""
+    input_ppm: Ppm = 0.0
+    """How much faster than the monotonic clock's is the clock of an input that is no device."""
+    output_ppm: Ppm = 0.0
+    """The same, of an output that is no device."""
 
 
 class Config(_Section):

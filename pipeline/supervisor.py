@@ -16,7 +16,7 @@ from typing import Final
 
 import psutil
 
-from pipeline import accounting, keys, messages
+from pipeline import accounting, keys, messages, overload
 from pipeline import config as settings
 from pipeline.bell import Bell
 from pipeline.commands import Asked, Requests
@@ -38,6 +38,7 @@ from pipeline.messages import (
     LogRecord,
     Mute,
     Output,
+    OverloadRecord,
     Pause,
     Record,
     RecordingRecord,
@@ -155,8 +156,10 @@ class _StageProcess:
     was_ready: bool = False
     was_running: bool = False
     """Since its last start."""
+    renewing: bool = False
+    """Ended in good order, to be started again at once."""
     restart: Asked | None = None
-    """The command that it is ended and started again for."""
+    """The command that asked for that."""
     kill_at_ns: int | None = None
     """When it is to be killed if it has not ended by itself."""
     missed: int = 0
@@ -218,9 +221,9 @@ class Supervisor:
         self._keep_logs = False
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
         self._mic_to_speaker = Durations()
-        self._drift = accounting.Drift()
         self._farewells: list[Asked] = []
         self._flight = FlightRecorder()
+        self._overload = overload.Overload()
         self._status_at_ns = 0
         self._look_at_ns = 0
         self._began_ns = clock()
@@ -472,7 +475,7 @@ class Supervisor:
                 self._spawn(stage)
             if stage.kill_at_ns is not None and now >= stage.kill_at_ns and stage.popen is not None:
                 stage.kill_at_ns = None
-                if stage.restart is not None:
+                if stage.renewing:
                     self._log("warning", f"{stage.process.name} did not stop within {STOP_S:g} s and was killed")
                 stage.popen.kill()
         self.requests.give_up()
@@ -528,7 +531,7 @@ class Supervisor:
         for stage in self._stages.values():
             if stage.popen is None or stage.alive or stage.state == "backoff" or self._state == "stopping":
                 continue
-            if stage.restart is not None and stage.was_running:
+            if stage.renewing and stage.was_running:
                 stage.kill_at_ns = None
                 stage.was_running = False
                 stage.restarts += 1
@@ -541,6 +544,7 @@ class Supervisor:
             self._keep_logs = self._keep_logs or said
             where = f"; its messages are in {log}" if said else ""
             how = f"{name}: {stage.detail}" if stage.state == "fatal" else f"{name} {_how_it_ended(code)}{where}"
+            stage.renewing = False
             if stage.restart is not None:
                 self.requests.refuse(stage.restart, how, name)
                 stage.restart = None
@@ -608,8 +612,28 @@ class Supervisor:
             duration_ms -= FRAME_MS
         self._stages[record.stage].durations.add_ms(duration_ms)
         self._keep_draining()
+        if record.stage == "inference" and not self._config.offline and (change := self._overload.take(record)):
+            self._tell_overload(change)
         if record.stage == "playback":
             self._mic_to_speaker.add_ms(record.mic_to_speaker_ms)
+
+    def _tell_overload(self, change: overload.Change) -> None:
+        advice = overload.advice(self._config) if change.on else ""
+        self._publish(OverloadRecord(on=change.on, p95_ms=change.p95_ms, advice=advice, time_ns=self._clock()))
+        if not change.on:
+            self._log("info", f"the model is fast enough again: 95 % of the frames took {change.p95_ms:.0f} ms or less")
+            return
+        slow = f"the model is too slow: 95 % of the frames took up to {change.p95_ms:.0f} ms of {FRAME_MS:.0f}"
+        lighter = overload.lighter(self._config) if self._config.inference.step_down else None
+        self._log("warning", f"{slow}; {f'it goes on with {lighter[1]}' if lighter else advice}")
+        if lighter:
+            self._step_down(*lighter)
+
+    def _step_down(self, model: str | None, quality: str) -> None:
+        self._config = settings.changed(self._config, {"model": model, "quality": quality})
+        self._save_settings()
+        self._overload.clear()
+        self._renew(self._stages["inference"])
 
     def _stage_said(self, record: StageRecord) -> None:
         stage = self._stages[record.stage]
@@ -620,6 +644,7 @@ class Supervisor:
         stage.state = record.state
         stage.detail = record.detail
         stage.device_latency_ms = record.device_latency_ms
+        stage.renewing = stage.renewing and record.state != "running"
         if record.state == "running" and stage.restart is not None:
             asked, stage.restart = stage.restart, None
             self.requests.carried_out(asked, record.stage, accounting.next_frame(record.stage, **self._rings))
@@ -763,13 +788,18 @@ class Supervisor:
         if stage.restart is not None or stage.state not in ("running", "backoff"):
             raise ConfigError(f"{name} is {stage.state}, not running")
         stage.restart = asked
-        stage.strikes = 0
         self.requests.wait(asked, name, RESTART_S)
+        self._renew(stage)
+
+    def _renew(self, stage: _StageProcess) -> None:
+        """End a stage in good order, if it runs, and start it again."""
+        stage.strikes = 0
         if stage.state == "backoff":
             self._spawn(stage)
-        else:
-            self.hub.order(name, Stop())
-            stage.kill_at_ns = self._clock() + round(STOP_S * NS_PER_S)
+            return
+        stage.renewing = True
+        self.hub.order(stage.process.name, Stop())
+        stage.kill_at_ns = self._clock() + round(STOP_S * NS_PER_S)
 
     @property
     def played_s(self) -> float:
@@ -786,6 +816,7 @@ class Supervisor:
             muted=self._muted,
             paused=self._paused,
             recording=self.recording.path,
+            overloaded=self._overload.on,
             settings=self._config,
             time_ns=self._clock(),
             state=self._state,
@@ -800,7 +831,7 @@ class Supervisor:
                 mic_to_speaker_ms=self._mic_to_speaker.spread(),
             ),
             xruns=xruns,
-            drift_ppm=None if self._config.offline else self._drift.ppm(self._rings["capture"], self._rings["heard"]),
+            drift_ppm=self._rings["heard"].drift_ppm,
         )
 
 
