@@ -49,7 +49,7 @@ EXIT_FATAL: Final = 2
 """Exit code of a stage that cannot work with the settings, device or model it was given: not to be restarted."""
 
 EXIT_LOST: Final = 3
-"""Exit code of a stage whose device has stopped: to be started again."""
+"""Exit code of a stage that its sound system has hung up: to be started again."""
 
 _TICK_S: Final = 2 * FRAME_MS / 1_000
 """How often a stage looks around that nothing wakes: what it reports of two frames goes out together."""
@@ -252,10 +252,14 @@ class _Worker:
             if isinstance(error, DeviceLostError):
                 raise
             return
-        if self._stage.detail != self._detail:
+        self._tell_detail()
+        self._context.report(Acknowledged(request=request, frame=frame))
+
+    def _tell_detail(self) -> None:
+        """Say what the stage works with, if that is another than was said last."""
+        if self._running and self._stage.detail != self._detail:
             self._detail = self._stage.detail
             self._say("running")
-        self._context.report(Acknowledged(request=request, frame=frame))
 
     def _loop(self) -> None:
         link = self._link
@@ -281,6 +285,7 @@ class _Worker:
                     case Stop():
                         return
             more = self._running and self._stage.work()
+            self._tell_detail()
             self._device_latency_ms = self._stage.device_latency_ms()
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from pipeline import apple
 from pipeline.audio import FULL_SCALE, Samples
 from pipeline.errors import DeviceError, DeviceLostError, PipelineError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread, threads
@@ -58,6 +59,22 @@ _SET_ADD_PEAK_CHUNK: Final = 0x1050
 _CALLBACKS: Final = 25
 """Whose median dates a block."""
 
+_FIRST_CALL_NS: Final = 5 * NS_PER_S
+"""How long a device may take to call back for the first time: a wireless one takes a second or two."""
+
+_NEXT_CALL_NS: Final = NS_PER_S
+"""How long after that it may be silent before it is taken for lost."""
+
+_LOOKS: Final = 4
+"""How often it has to be found silent: a stage that was stopped itself finds what it missed when it looks again."""
+
+_LET_GO_S: Final = 0.5
+"""How long a device that is let go of for good may take."""
+
+
+class DefaultChangedError(DeviceLostError):
+    """The device works, but what is wanted is the system's default, which is another now."""
+
 
 class Device(Protocol):
     """A source or a sink of samples, open from its construction, running from `start` to `stop`."""
@@ -90,6 +107,17 @@ class Unopened:
 
     def failure(self) -> DeviceError | None:
         return None
+
+
+class Absent(Unopened):
+    """Stands where a device is to be that cannot be had at present, and `why`."""
+
+    def __init__(self, detail: str, why: DeviceError) -> None:
+        self.detail = detail
+        self._why = DeviceLostError(str(why))
+
+    def failure(self) -> DeviceError | None:
+        return self._why
 
 
 def _resampler(source_rate: int, target_rate: int) -> soxr.ResampleStream | None:
@@ -514,9 +542,36 @@ class _Dating:
         return _median(self._origins) + elapsed_ns
 
     @property
+    def position(self) -> int:
+        """Samples that were dated so far."""
+        return self._position
+
+    @property
     def distance_ms(self) -> float | None:
         """How far from its callback a block's first sample is converted; None before the first callback."""
         return _median(self._distances) / NS_PER_MS if self._distances else None
+
+
+class _Silence:
+    """Notices a device that calls no more though it is not said to have stopped.
+
+    So does a card that was pulled out on macOS, and a sound server that hangs.
+    """
+
+    def __init__(self, clock: Callable[[], int] = now_ns) -> None:
+        self._clock = clock
+        self._position = 0
+        self._since_ns = clock()
+        self._looks = 0
+
+    def lasts(self, position: int) -> bool:
+        """Whether it has lasted too long, where the device has moved `position` samples so far."""
+        now = self._clock()
+        if position != self._position:
+            self._position, self._since_ns, self._looks = position, now, 0
+        self._looks += 1
+        longest_ns = _NEXT_CALL_NS if position else _FIRST_CALL_NS
+        return self._looks > _LOOKS and now - self._since_ns > longest_ns
 
 
 def _median(values: deque[int]) -> int:
@@ -549,6 +604,23 @@ def _portaudio() -> Any:
     return sounddevice
 
 
+def renew() -> None:
+    """Have PortAudio look for devices anew, which it does only when it begins. None of its streams may be open.
+
+    Raises DeviceError.
+    """
+    sd = sys.modules.get("sounddevice")
+    if sd is None:
+        return
+    try:
+        with _quiet():
+            while sd._initialized:
+                sd._terminate()
+            sd._initialize()
+    except sd.PortAudioError as error:
+        raise DeviceError(f"PortAudio does not begin: {error}") from None
+
+
 class _Chosen(NamedTuple):
     device: int
     name: str
@@ -578,12 +650,17 @@ def _choose(sd: Any, name: str, kind: str) -> _Chosen:
 class _PortAudioStream:
     """What input and output share: the stream, and that it may stop by itself when its device is lost."""
 
-    def __init__(self, stream: Any, kind: str, detail: str, threads_before: set[int]) -> None:
-        self.detail = detail
+    _dating: _Dating
+
+    def __init__(self, stream: Any, kind: str, chosen: _Chosen, threads_before: set[int], asked: str) -> None:
+        self.name = chosen.name
+        self.detail = f"{chosen.name} at {chosen.rate} Hz"
         self._kind = kind
         self._stream = stream
         self._threads_before = threads_before
         self._started = False
+        self._silence = _Silence()
+        self._default = apple.DefaultWatch(kind) if not asked else None
 
     def start(self) -> None:
         try:
@@ -593,6 +670,7 @@ class _PortAudioStream:
         # PortAudio's own, which calls back, and the sound system's, without which it would have nothing to call for.
         for thread in threads() - self._threads_before:
             promote_thread(thread)
+        self._silence = _Silence()
         self._started = True
 
     def stop(self) -> None:
@@ -603,9 +681,40 @@ class _PortAudioStream:
             self._stream.close(ignore_errors=True)
 
     def failure(self) -> DeviceError | None:
-        if self._started and not self._stream.active:
-            return DeviceLostError(f"{self._kind} {self.detail}: the device has stopped")
+        if not self._started:
+            return None
+        if not self._stream.active:
+            return self._lost("the device has stopped")
+        if self._silence.lasts(self._dating.position):
+            return self._lost(f"the device has not called for {_NEXT_CALL_NS / NS_PER_S:g} s")
+        if self._default is not None and self._default.has_changed(now_ns()):
+            return DefaultChangedError(f"{self._kind} {self.detail}: another device is the default now")
         return None
+
+    def _lost(self, why: str) -> DeviceLostError:
+        return DeviceLostError(f"{self._kind} {self.detail}: {why}")
+
+
+def is_portaudio(device: Device) -> bool:
+    """Whether it is a device of PortAudio's, and none that stands in for one."""
+    return isinstance(device, _PortAudioStream)
+
+
+def let_go(device: Device) -> None:
+    """Stop a device for good, and wait no longer than a moment for PortAudio: that of a dead sound system may block."""
+    if not is_portaudio(device):
+        device.stop()
+        return
+    stopping = threading.Thread(target=device.stop, name="let go", daemon=True)
+    stopping.start()
+    stopping.join(_LET_GO_S)
+
+
+def by_name(spec: str, device: Device) -> str:
+    """`spec`, or where it gives an index, which is another device's once one has come or gone, the same by its name."""
+    if isinstance(device, _PortAudioStream) and spec.removeprefix("device:").isdecimal():
+        return f"device:{device.name}"
+    return spec
 
 
 def _open_stream(sd: Any, make: Any, chosen: _Chosen, kind: str, **options: Any) -> Any:
@@ -638,7 +747,7 @@ class _PortAudioInput(_PortAudioStream):
             sd, sd.InputStream, chosen, "input",
             blocksize=device_block, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, "input", f"{chosen.name} at {chosen.rate} Hz", threads_before)
+        super().__init__(stream, "input", chosen, threads_before, name)
 
     @property
     def latency_ms(self) -> float:
@@ -681,7 +790,7 @@ class _PortAudioOutput(_PortAudioStream):
             sd, sd.OutputStream, chosen, "output",
             blocksize=block * chosen.rate // SAMPLE_RATE, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, "output", f"{chosen.name} at {chosen.rate} Hz", threads_before)
+        super().__init__(stream, "output", chosen, threads_before, name)
 
     @property
     def latency_ms(self) -> float:

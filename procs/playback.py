@@ -1,6 +1,7 @@
 """The playback stage: the playback ring to the speaker, gaps concealed, and a record of all that was sent."""
 
 import sys
+import threading
 import time
 
 import numpy as np
@@ -9,13 +10,14 @@ from pipeline import config as settings
 from pipeline import messages, worker
 from pipeline.audio import FADE, Samples, falling, level, rising
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, Output, Set, TimingRecord, XrunRecord, dbfs
 from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
 from pipeline.worker import Context
 from procs import devices
+from procs.recovery import Held
 
 _FADE_OUT_S = 0.2
 """How long the fade out, and then the device's own latency, may hold up the end."""
@@ -286,14 +288,10 @@ class Playback:
         self._playback = context.rings["playback"]
         self._heard = context.rings["heard"]
         config = context.config
-        self._player = Player(
-            self._playback,
-            self._heard,
-            prebuffer_ns=round(settings.prebuffer_ms(config) * NS_PER_MS),
-            queue_frames=config.playback.queue_frames,
-        )
-        self._player.volume = config.playback.volume
-        self._device: devices.Device = devices.Unopened()
+        self._prebuffer_ns = round(settings.prebuffer_ms(config) * NS_PER_MS)
+        self._player = self._new_player(config.playback.queue_frames, config.playback.volume)
+        self._settings = threading.Lock()
+        self._held = Held(context, "output", self._open_present, self._begin_anew, self._fade_out)
         self._spec = config.playback.output
         self._frame = devices.silence(FRAME)
         self._running = False
@@ -303,12 +301,38 @@ class Playback:
         ledger = self._heard.ledger()
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
 
+    def _new_player(self, queue_frames: int, volume: float) -> Player:
+        player = Player(self._playback, self._heard, self._prebuffer_ns, queue_frames)
+        player.volume = volume
+        return player
+
     @property
     def detail(self) -> str:
-        return self._device.detail
+        return self._held.detail
 
     def open(self) -> None:
-        self._device = self._open(self._spec, resume=self._heard.position > 0)
+        self._held.open(self._spec, wait=self._heard.position > 0)
+
+    def _open_present(self) -> devices.Device:
+        device = self._open(self._spec, resume=self._heard.position > 0)
+        self._spec = devices.by_name(self._spec, device)
+        return device
+
+    def _begin_anew(self) -> None:
+        """Go on, as a successor would, where a device was lost: from silence, with the newest frames if many wait."""
+        with self._settings:
+            player = self._player
+            self._pass_over(player.queue_frames)
+            self._player = self._new_player(player.queue_frames, player.volume)
+            self._next_mark = self._heard.mark_count
+
+    def _pass_over(self, queue_frames: int) -> None:
+        source = Consumer(self._playback)
+        if source.available > queue_frames * FRAME:
+            source.skip((self._playback.position // FRAME - 2) * FRAME - source.position)
+
+    def _fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
+        self._player.fill(out, dac_ns, xrun)
 
     def _open(self, spec: str, *, resume: bool) -> devices.Device:
         config = self._context.config.playback
@@ -317,22 +341,22 @@ class Playback:
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
             resume=resume,
-            on_block=self._player.fill,
+            on_block=self._fill,
         )
 
     def start(self) -> None:
-        self._device.start()
+        self._held.start()
         self._running = True
 
     def device_latency_ms(self) -> float:
-        return self._device.latency_ms
+        return self._held.device.latency_ms
 
     def wakes(self) -> HasFileno | None:
         return None
 
     def work(self) -> bool:
         """Report the frames sent since the last look, and the end."""
-        if failure := self._device.failure():
+        if failure := self._held.failure():
             raise failure
         report, now = self._context.report, now_ns()
         queued = self._playback.ledger().waiting // FRAME
@@ -384,46 +408,44 @@ class Playback:
         return self._next_frame
 
     def _set(self, command: Set) -> None:
-        player, values = self._player, messages.given(command)
-        player.volume = values.get("volume", player.volume)
-        player.queue_frames = values.get("queue_frames", player.queue_frames)
-        if "prebuffer_ms" in values:
-            player.begin_with(round(values["prebuffer_ms"] * NS_PER_MS))
+        values = messages.given(command)
+        with self._settings:
+            player = self._player
+            player.volume = values.get("volume", player.volume)
+            player.queue_frames = values.get("queue_frames", player.queue_frames)
+            if "prebuffer_ms" in values:
+                self._prebuffer_ns = round(values["prebuffer_ms"] * NS_PER_MS)
+                player.begin_with(self._prebuffer_ns)
 
     def _switch(self, spec: str) -> None:
         """Take another output; where it cannot be opened or started, the present one stays or is opened again."""
+        held = self._held
+        held.settle()
         device = self._open(spec, resume=False)
         self._fade_out()
-        self._device.stop()
+        held.let_go()
         try:
             device.start()
         except DeviceError as error:
             device.stop()
-            self._take_back(error)
-            raise DeviceError(str(error)) from None
+            held.take_back(error)
         finally:
             self._player.stay()
-        self._device, self._spec = device, spec
-
-    def _take_back(self, why: DeviceError) -> None:
-        try:
-            self._device = self._open(self._spec, resume=True)
-            self._device.start()
-        except DeviceError as error:
-            raise DeviceLostError(f"{why}; and then {error}") from None
+        held.take(device)
+        self._spec = devices.by_name(spec, device)
 
     def _fade_out(self) -> None:
-        if self._running and self._device.failure() is None:
+        if self._running and self._held.works:
             self._player.leave()
             until = time.monotonic() + _FADE_OUT_S
             while not self._player.silent and time.monotonic() < until:
                 time.sleep(0.005)
-            time.sleep(min(_FADE_OUT_S, self._device.latency_ms / 1_000))
+            time.sleep(min(_FADE_OUT_S, self._held.device.latency_ms / 1_000))
 
     def stop(self) -> None:
         """Fade out, then let go of the device."""
         self._fade_out()
-        self._device.stop()
+        self._held.close()
 
 
 class Copier:
