@@ -42,6 +42,9 @@ CALM: Final = 12
 NEAR_MS: Final = 10.0
 """Latency by so much over what it was before is back to normal."""
 
+READY_S: Final = 20.0
+"""How long frames may take to flow before a fault is begun."""
+
 FLOWS_S: Final = 200.0
 """How long a run may take until it flows: a stage that hangs, is killed, waits and loads its model."""
 
@@ -252,11 +255,20 @@ class Recovery:
 
 
 class Chaos:
-    """Puts faults into one run, one after another. `on_incident` is told of each when it is over."""
+    """Puts faults into one run, one after another. `on_incident` is told of each when it is over.
+
+    Once frames flow again it waits for so long, `normal_s`, for the latency to be back.
+    """
 
     def __init__(
-        self, client: Client, wanted: Sequence[Wanted], seed: int, on_incident: Callable[[Incident], None]
+        self,
+        client: Client,
+        wanted: Sequence[Wanted],
+        seed: int,
+        on_incident: Callable[[Incident], None],
+        normal_s: float = NORMAL_S,
     ) -> None:
+        self._normal_s = normal_s
         self._client = client
         self._wanted = wanted
         self._dice = random.Random(seed)  # noqa: S311  (nothing is secret)
@@ -290,9 +302,9 @@ class Chaos:
 
     def _turn(self, events: Events) -> None:
         pause_s, fault = draw(self._wanted, self._dice)
-        before = self._await(events, Recovery(now_ns()), NORMAL_S)
+        before = self._await(events, Recovery(now_ns()), READY_S)
         if before.flows_ns is None:
-            raise ControlError(f"no frame was played for {NORMAL_S:g} s: expected a run in which frames flow")
+            raise ControlError(f"no {CALM} frames in a row were played within {READY_S:g} s: expected a run that flows")
         time.sleep(pause_s)
         self._commit(events, self._survivable(fault), before.latency_ms)
 
@@ -305,7 +317,7 @@ class Chaos:
         after = Recovery(since_ns, before_ms, fault.stage if once else None)
         self._await(events, after, FLOWS_S)
         if after.flows_ns is not None:
-            self._await(events, after, NORMAL_S, normal=True)
+            self._await(events, after, self._normal_s, normal=True)
         if once and fault.stage is not None:
             self._back_ns[fault.stage] = now_ns()
         self._conclude(fault, status, after, began_ns, since_ns, before_ms)
@@ -329,7 +341,7 @@ class Chaos:
             normal_s=_since_s(after.normal_ns, since_ns),
         )
         self.incidents.append(incident)
-        self.wrong += _complaints(incident, now)
+        self.wrong += _complaints(incident, now, self._normal_s)
         self._on_incident(incident)
 
     def _await(self, events: Events, recovery: Recovery, limit_s: float, *, normal: bool = False) -> Recovery:
@@ -383,13 +395,13 @@ def _restarts(status: StatusReport) -> int:
     return sum(stage.restarts for stage in status.stages.values())
 
 
-def _complaints(incident: Incident, counts: Accounting) -> list[str]:
+def _complaints(incident: Incident, counts: Accounting, normal_s: float) -> list[str]:
     wrong = [f"after {incident.fault}: {equation}" for equation in counts.discrepancies()]
     if incident.flows_s is None:
         return [*wrong, f"after {incident.fault}: no {CALM} frames in a row were played within {FLOWS_S:g} s"]
     if incident.normal_s is None:
         over_ms = incident.latency_after_ms - incident.latency_ms
-        wrong.append(f"after {incident.fault}: latency was {over_ms:.0f} ms over what it was for {NORMAL_S:g} s")
+        wrong.append(f"after {incident.fault}: latency was {over_ms:.0f} ms over what it was for {normal_s:g} s")
     return wrong
 
 
@@ -431,12 +443,11 @@ def fill(folder: Path, seconds: float) -> None:
     path = folder / f"chaos-{os.getpid()}"
     try:
         with path.open("xb", buffering=0) as file:
+            path.unlink()  # however this ends, the room comes back
             _write_until_full(file.fileno())
             time.sleep(seconds)
     except OSError as error:
         raise ControlError(f"{path}: {error.strerror}: expected a folder that can be written to") from None
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _write_until_full(descriptor: int) -> None:
