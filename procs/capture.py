@@ -63,6 +63,7 @@ class Capture:
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
             resume_at=max(0, self._writer.position - origin),
+            skew_ppm=self._context.config.faults.input_ppm,
             on_block=self.on_block,
             on_end=self._on_end,
         )

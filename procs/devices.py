@@ -27,11 +27,13 @@ import soxr
 
 from pipeline import apple
 from pipeline.audio import FULL_SCALE, Samples
+from pipeline.drift import MOST_PPM, PPM, Vernier
 from pipeline.errors import DeviceError, DeviceLostError, PipelineError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread, threads
 from pipeline.topology import FRAME, SAMPLE_RATE
 
 OnBlock = Callable[[Samples, int, bool], None]
+Ppm = Callable[[], float]
 Write = Callable[[Samples], None]
 
 INPUT_SPECS: Final = "device, device:NAME, file:PATH, tone:HZ or silence"
@@ -133,35 +135,62 @@ def silence(count: int) -> Samples:
 
 
 def open_input(
-    spec: str, *, block: int, latency_ms: float, resume_at: int, on_block: OnBlock, on_end: Callable[[], None]
+    spec: str,
+    *,
+    block: int,
+    latency_ms: float,
+    resume_at: int,
+    on_block: OnBlock,
+    on_end: Callable[[], None],
+    skew_ppm: float = 0.0,
 ) -> Device:
     """Open what `spec` names. A file goes on at sample `resume_at`, and calls `on_end` after its last.
 
-    Raises DeviceError.
+    A stand-in's clock is faster than the monotonic one by `skew_ppm`. Raises DeviceError.
     """
     kind, _, name = spec.partition(":")
     match kind:
         case "device":
             return _PortAudioInput(name, block, latency_ms, on_block)
         case "file" if name:
-            return _PacedInput(f"file {name}", _file_blocks(Path(name), resume_at), on_block, on_end)
+            return _PacedInput(f"file {name}", _file_blocks(Path(name), resume_at), on_block, on_end, skew_ppm)
         case "tone":
-            return _PacedInput(f"tone {name} Hz", _tone_blocks(name, resume_at), on_block, on_end)
+            return _PacedInput(f"tone {name} Hz", _tone_blocks(name, resume_at), on_block, on_end, skew_ppm)
         case "silence" if not name:
-            return _PacedInput("silence", _silent_blocks(), on_block, on_end)
+            return _PacedInput("silence", _silent_blocks(), on_block, on_end, skew_ppm)
     raise DeviceError(f"input {spec!r}: expected {INPUT_SPECS}")
 
 
-def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_block: OnBlock) -> Device:
-    """Open what `spec` names. With `resume`, a file is added to and not begun anew. Raises DeviceError."""
+def _no_correction() -> float:
+    return 0.0
+
+
+def open_output(
+    spec: str,
+    *,
+    block: int,
+    latency_ms: float,
+    resume: bool,
+    on_block: OnBlock,
+    correction_ppm: Ppm = _no_correction,
+    skew_ppm: float = 0.0,
+) -> Device:
+    """Open what `spec` names. With `resume`, a file is added to and not begun anew. Raises DeviceError.
+
+    It asks `on_block` for samples faster than its own clock by `correction_ppm`, which it calls for each block. A
+    stand-in's clock is faster than the monotonic one by `skew_ppm`.
+    """
     kind, _, name = spec.partition(":")
     match kind:
         case "device":
-            return _PortAudioOutput(name, block, latency_ms, on_block)
+            return _PortAudioOutput(name, block, latency_ms, on_block, correction_ppm)
         case "file" if name:
-            return _PacedOutput(f"file {name}", block, on_block, _FileSink(Path(name), resume))
+            sink = _FileSink(Path(name), resume)
+            vernier = Vernier(on_block, correction_ppm)
+            return _PacedOutput(f"file {name}", block, vernier.fill, sink, lambda: skew_ppm)
         case "null" if not name:
-            return _PacedOutput("null", _NULL_BLOCK, on_block, None)
+            # What nobody hears need not be resampled: its clock is set.
+            return _PacedOutput("null", _NULL_BLOCK, on_block, None, lambda: skew_ppm + correction_ppm())
     raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
 
 
@@ -180,7 +209,8 @@ def open_sink(spec: str, *, move: Callable[[Write], bool], ended: Callable[[], b
     return EagerOutput(f"file {name}", move, ended, _FileSink(Path(name), resume=False))
 
 
-# Stand-ins: they keep the monotonic clock's time, as a device keeps its crystal's. Offline they keep none.
+# Stand-ins: they keep the monotonic clock's time, or what a test makes of it, as a device keeps its crystal's. Offline
+# they keep none.
 
 
 class _Mover:
@@ -215,23 +245,22 @@ class _Mover:
 class _Pace(_Mover):
     """Calls `turn(due_ns)` once for each block's time, and catches up when it was held up."""
 
-    def __init__(self, detail: str, block: int, turn: Callable[[int], bool]) -> None:
+    def __init__(self, detail: str, block: int, turn: Callable[[int], bool], skew_ppm: Ppm) -> None:
         super().__init__(detail)
         self._block = block
         self._turn = turn
+        self._skew_ppm = skew_ppm
 
     def _move(self) -> None:
         promote_thread()
-        begin_ns = now_ns()
-        blocks = 0
+        due_ns = float(now_ns())
         while True:
-            due_ns = begin_ns + blocks * self._block * NS_PER_S // SAMPLE_RATE
             wait_ns = due_ns - now_ns()
             if wait_ns > 0:
                 time.sleep(wait_ns / NS_PER_S)
-            if self._leave.is_set() or not self._turn(due_ns):
+            if self._leave.is_set() or not self._turn(round(due_ns)):
                 return
-            blocks += 1
+            due_ns += self._block * NS_PER_S / (SAMPLE_RATE * (1 + self._skew_ppm() * PPM))
 
 
 class _Eager(_Mover):
@@ -324,7 +353,14 @@ class _PacedInput:
 
     latency_ms = 0.0
 
-    def __init__(self, detail: str, blocks: Iterator[Samples], on_block: OnBlock, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        detail: str,
+        blocks: Iterator[Samples],
+        on_block: OnBlock,
+        on_end: Callable[[], None],
+        skew_ppm: float,
+    ) -> None:
         self.detail = detail
         self._blocks = blocks
         self._on_block = on_block
@@ -334,7 +370,7 @@ class _PacedInput:
             self._block = next(blocks, None)  # to read a file for the first time takes long
         except soundfile.LibsndfileError as error:
             raise DeviceError(f"input {detail}: {error.error_string}") from None
-        self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn)
+        self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn, lambda: skew_ppm)
 
     def _turn(self, due_ns: int) -> bool:
         if self._first:
@@ -361,12 +397,12 @@ class _PacedOutput:
 
     latency_ms = 0.0
 
-    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: "_FileSink | None") -> None:
+    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: "_FileSink | None", skew_ppm: Ppm) -> None:
         self.detail = detail
         self._on_block = on_block
         self._sink = sink
         self._samples = silence(block)
-        self._pace = _Pace(f"output {detail}", block, self._turn)
+        self._pace = _Pace(f"output {detail}", block, self._turn, skew_ppm)
 
     def _turn(self, due_ns: int) -> bool:
         self._on_block(self._samples, due_ns, False)
@@ -771,21 +807,56 @@ class _PortAudioInput(_PortAudioStream):
         self._on_block(samples, adc_ns, bool(status.input_overflow))
 
 
+class _Converter:
+    """What a Vernier is, for a device with a rate of its own: the resampler that it needs has the drift in its ratio.
+
+    soxr's variable rate is used because it takes a new ratio without a joint, and holds 10 ms where its fixed one
+    comes with 35 ms at once.
+    """
+
+    def __init__(self, rate: int, block: int, on_block: OnBlock, correction_ppm: Ppm) -> None:
+        self._rate = rate
+        self._on_block = on_block
+        self._correction_ppm = correction_ppm
+        fastest = SAMPLE_RATE * (1 + MOST_PPM * PPM)
+        self._resampler = soxr.ResampleStream(fastest, rate, 1, dtype="float32", quality=_RESAMPLER, vr=True)
+        self._samples = silence(block)
+        self._held = silence(0)
+        self._ahead = 0.0  # samples that were asked for and not delivered
+
+    @property
+    def ahead_ms(self) -> float:
+        """How long before its time a sample is asked for."""
+        return self._ahead * 1_000 / SAMPLE_RATE
+
+    def fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
+        """Fill one block, shape (n,), whose first sample the device converts at `dac_ns`."""
+        pace = SAMPLE_RATE * (1 + self._correction_ppm() * PPM)
+        self._resampler.set_io_ratio(pace, self._rate)
+        while len(self._held) < len(out):
+            # What was asked for and not delivered yet sounds before this block does.
+            self._on_block(self._samples, dac_ns + round(self._ahead * NS_PER_S / pace), xrun)
+            xrun = False
+            self._ahead += len(self._samples)
+            self._held = np.concatenate((self._held, self._resampler.resample_chunk(self._samples)))
+        np.clip(self._held[: len(out)], -FULL_SCALE, FULL_SCALE, out=out)
+        self._held = self._held[len(out) :]
+        self._ahead -= len(out) * pace / self._rate
+
+
 class _PortAudioOutput(_PortAudioStream):
     """A speaker. The callback asks for as many samples as the device wants, and copies them."""
 
-    def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock) -> None:
+    def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock, correction_ppm: Ppm) -> None:
         threads_before = threads()
         sd = _portaudio()
         chosen = _choose(sd, name, "output")
-        self._on_block = on_block
-        self._rate = chosen.rate
         self._dating = _Dating(chosen.rate)
-        self._resampler = _resampler(SAMPLE_RATE, chosen.rate)
-        self._asked = 0
-        self._delivered = 0
-        self._samples = silence(block)
-        self._held = silence(0)
+        self._edge: Vernier | _Converter
+        if chosen.rate == SAMPLE_RATE:
+            self._edge = Vernier(on_block, correction_ppm)
+        else:
+            self._edge = _Converter(chosen.rate, block, on_block, correction_ppm)
         stream = _open_stream(
             sd, sd.OutputStream, chosen, "output",
             blocksize=block * chosen.rate // SAMPLE_RATE, latency=latency_ms / 1_000, callback=self._callback,
@@ -795,25 +866,12 @@ class _PortAudioOutput(_PortAudioStream):
     @property
     def latency_ms(self) -> float:
         distance_ms = self._dating.distance_ms
-        return float(self._stream.latency) * 1_000 if distance_ms is None else max(0.0, distance_ms)
+        device_ms = float(self._stream.latency) * 1_000 if distance_ms is None else max(0.0, distance_ms)
+        return device_ms + self._edge.ahead_ms
 
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
         dac_ns = self._dating.date(count, round((at.outputBufferDacTime - at.currentTime) * NS_PER_S))
-        underflow = bool(status.output_underflow)
-        if self._resampler is None:
-            self._on_block(data[:, 0], dac_ns, underflow)
-            return
-        while len(self._held) < count:
-            # What was asked for and not delivered yet sounds before this block does.
-            ahead_ns = self._asked * NS_PER_S // SAMPLE_RATE - self._delivered * NS_PER_S // self._rate
-            self._on_block(self._samples, dac_ns + ahead_ns, underflow)
-            underflow = False
-            self._asked += len(self._samples)
-            self._held = np.concatenate((self._held, self._resampler.resample_chunk(self._samples)))
-        data[:, 0] = self._held[:count]
-        np.clip(data, -FULL_SCALE, FULL_SCALE, out=data)
-        self._held = self._held[count:]
-        self._delivered += count
+        self._edge.fill(data[:, 0], dac_ns, bool(status.output_underflow))
 
 
 def describe() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pipeline import config as settings
 from pipeline import messages, worker
 from pipeline.audio import FADE, Samples, falling, level, rising
 from pipeline.control import HasFileno
+from pipeline.drift import Drift
 from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, Output, Set, TimingRecord, XrunRecord, dbfs
 from pipeline.ring import Consumer, Ring, RingReader, RingWriter
@@ -285,8 +286,10 @@ class Playback:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._capture = context.rings["capture"]
         self._playback = context.rings["playback"]
         self._heard = context.rings["heard"]
+        self._drift = Drift()
         config = context.config
         self._prebuffer_ns = round(settings.prebuffer_ms(config) * NS_PER_MS)
         self._player = self._new_player(config.playback.queue_frames, config.playback.volume)
@@ -342,6 +345,8 @@ class Playback:
             latency_ms=config.latency_ms,
             resume=resume,
             on_block=self._fill,
+            correction_ppm=lambda: self._drift.correction_ppm,
+            skew_ppm=self._context.config.faults.output_ppm,
         )
 
     def start(self) -> None:
@@ -358,6 +363,8 @@ class Playback:
         """Report the frames sent since the last look, and the end."""
         if failure := self._held.failure():
             raise failure
+        self._drift.see(self._capture.anchor, self._heard.anchor)
+        self._heard.drift_ppm = self._drift.ppm
         report, now = self._context.report, now_ns()
         queued = self._playback.ledger().waiting // FRAME
         while (mark := self._heard.mark(self._next_mark)) is not None:
