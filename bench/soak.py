@@ -32,8 +32,8 @@ import psutil
 import soundfile
 
 from pipeline.audio import FADE
-from pipeline.chaos import Chaos, Incident, parse, row
-from pipeline.client import Client
+from pipeline.chaos import NEAR_MS, Chaos, Incident, parse, row
+from pipeline.client import Client, Events
 from pipeline.errors import ControlError
 from pipeline.messages import Accounting, TimingRecord
 from pipeline.topology import FRAME, FRAME_MS, PROCESSES, SAMPLE_RATE
@@ -104,7 +104,6 @@ class Watch:
             if status.pid is not None:
                 self._processes[stage] = psutil.Process(status.pid)
         self.looks: dict[str, list[Look]] = {stage: [] for stage in self._processes}
-        self.latencies_ms: list[float] = []
         self.wrong: list[str] = []
 
     def look(self) -> bool:
@@ -118,7 +117,6 @@ class Watch:
         except (ControlError, psutil.Error):
             return False
         self.wrong += status.accounting.discrepancies()
-        self.latencies_ms.append(status.timing.mic_to_speaker_ms.p50_ms)
         return True
 
     def report(self) -> list[str]:
@@ -166,7 +164,7 @@ def accelerated(runs: Runs, options: Options) -> list[str]:
     _write_levels(source, frames)
     wrong: list[str] = []
     with runs.offline("--engine", "echo", "--json", str(source), str(target), name="soak") as run:
-        wait_for(lambda: Client("soak").status().state == "running" if _is_there(run) else True, "the run")
+        wait_for(lambda: _is_running(run), "the run")
         watch, pause_s = Watch("soak", run.process.pid), 1.0
         while watch.look():
             time.sleep(pause_s)
@@ -180,13 +178,12 @@ def accelerated(runs: Runs, options: Options) -> list[str]:
     return wrong
 
 
-def _is_there(run: Run) -> bool:
+def _is_running(run: Run) -> bool:
     assert run.process.poll() is None, run.err
     try:
-        Client("soak").status()
+        return Client("soak").status().state == "running"
     except ControlError:
         return False
-    return True
 
 
 def _write_levels(path: Path, frames: int) -> None:
@@ -196,41 +193,51 @@ def _write_levels(path: Path, frames: int) -> None:
             file.write(np.repeat(part.astype(np.int16), FRAME))
 
 
+def listen(events: Events, seconds: float) -> list[float]:
+    """Microphone to speaker of each frame that is played in so long, in ms."""
+    found, until_s = [], time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        if isinstance(event := next(events, None), TimingRecord):
+            found.append(event.mic_to_speaker_ms)
+    return found
+
+
 def real(runs: Runs, options: Options) -> list[str]:
     """In real time."""
     with up(runs, MODEL, "--input", "tone:440", "--output", "null") as (run, client):
         watch = Watch("soak", run.process.pid)
-        pause_s = options.minutes * 60 / SAMPLES
-        for _ in range(SAMPLES):
-            time.sleep(pause_s)
-            watch.look()
+        latencies_ms = []
+        with client.events("timing.playback", timeout_s=1.0) as events:
+            for _ in range(SAMPLES):
+                latencies_ms.append(listen(events, options.minutes * 60 / SAMPLES))
+                watch.look()
         final = client.status()
         code = run.interrupt()
     wrong = watch.report()
     spread, counts = final.timing.mic_to_speaker_ms, final.accounting
-    first, last = watch.latencies_ms[len(watch.latencies_ms) // 2], watch.latencies_ms[-1]
+    quarter = SAMPLES // 4
+    quarters = [
+        statistics.median(ms for part in latencies_ms[start : start + quarter] for ms in part)
+        for start in range(0, SAMPLES, quarter)
+    ]
     print(
         f"\n{options.minutes:g} min: {counts.played // FRAME} frames, microphone to speaker p50 {spread.p50_ms:.1f} "
         f"ms, p95 {spread.p95_ms:.1f}, max {spread.max_ms:.1f}; gaps {counts.gaps}, dropped {counts.dropped}, "
         f"skipped {counts.skipped}"
     )
-    if abs(last - first) > FRAME_MS / 8:
-        wrong.append(f"latency went from {first:.1f} to {last:.1f} ms in the second half")
+    print(f"p50 of each quarter: {', '.join(f'{ms:.1f}' for ms in quarters)} ms")
+    if quarters[-1] > quarters[1] + NEAR_MS:
+        wrong.append(f"latency went from {quarters[1]:.1f} ms in the second quarter to {quarters[-1]:.1f} in the last")
     return wrong + ([f"exit code {code}"] if code else [])
 
 
 def overload(runs: Runs, options: Options) -> list[str]:
     """A model that takes longer for a frame than a frame is."""
     config = f"engine = 'echo'\n[faults]\nstep_ms = {SLOW_MS}\n"
-    minutes: list[list[float]] = []
+    parts = max(2, round(options.minutes))
     with up(runs, config, "--input", "tone:440", "--output", "null") as (run, client):
         with client.events("timing.playback", timeout_s=1.0) as events:
-            for _ in range(max(2, round(options.minutes))):
-                until_s = time.monotonic() + 60 * options.minutes / max(2, round(options.minutes))
-                minutes.append([])
-                while time.monotonic() < until_s:
-                    if isinstance(event := next(events, None), TimingRecord):
-                        minutes[-1].append(event.mic_to_speaker_ms)
+            minutes = [listen(events, options.minutes * 60 / parts) for _ in range(parts)]
         counts = client.status().accounting
         run.interrupt()
     print("\n| part | frames | microphone to speaker p50 ms | max |\n|---|---|---|---|")
