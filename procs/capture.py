@@ -203,8 +203,7 @@ class Capture:
     def _switch(self, spec: str) -> None:
         """Take another input; where it cannot be opened or started, the present one stays or is opened again."""
         held, origin = self._held, self._writer.position
-        held.settle()
-        device = self._open(spec, origin)
+        device = held.open_other(spec, lambda: self._open(spec, origin))
         held.let_go()
         try:
             if self._finished or self._input_ended:

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -69,6 +70,9 @@ _NEXT_CALL_NS: Final = NS_PER_S
 
 _LOOKS: Final = 4
 """How often it has to be found silent: a stage that was stopped itself finds what it missed when it looks again."""
+
+_LIST: Final = (sys.executable, "-P", "-m", "procs.devices")
+_LIST_S: Final = 2.0
 
 _LET_GO_S: Final = 0.5
 """How long a device that is let go of for good may take."""
@@ -729,6 +733,19 @@ class _PortAudioStream:
 
     def _lost(self, why: str) -> DeviceLostError:
         return DeviceLostError(f"{self._kind} {self.detail}: {why}")
+
+
+def is_found_anew(direction: str, spec: str) -> bool:
+    """Whether a process that asks PortAudio now finds an `input` or `output` by the name in `spec`."""
+    kind, _, name = spec.partition(":")
+    if kind != "device" or not name:
+        return False
+    try:
+        done = subprocess.run(_LIST, capture_output=True, timeout=_LIST_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    found = json.loads(done.stdout)["devices"]
+    return any(name.lower() in one["name"].lower() and one[f"{direction}s"] for one in found)
 
 
 def is_portaudio(device: Device) -> bool:

@@ -498,8 +498,7 @@ class Playback:
     def _switch(self, spec: str) -> None:
         """Take another output; where it cannot be opened or started, the present one stays or is opened again."""
         held = self._held
-        held.settle()
-        device = self._open(spec, resume=False)
+        device = held.open_other(spec, lambda: self._open(spec, resume=False))
         self._fade_out()
         held.let_go()
         try:

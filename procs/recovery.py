@@ -195,7 +195,7 @@ class Held:
             self._context.log("info", f"{self._name} {device.detail}: runs, after {away_s:.1f} s without one")
 
     def settle(self) -> None:
-        """Before another device is opened: one that is away is waited for no more, until `failure` is asked again.
+        """One that is away is waited for no more, until `failure` is asked again: another device is to be opened.
 
         Raises DeviceLostError where the sound system hangs.
         """
@@ -210,6 +210,23 @@ class Held:
             self.device = Absent(recovery.what, DeviceLostError(f"{self._name} {recovery.what} is lost"))
         else:
             self.take(device)
+
+    def open_other(self, spec: str, open_: Open) -> Device:
+        """Open another device, which may have been put in since the last look for devices. Raises DeviceError.
+
+        To look anew takes the present one away for a moment, so it is done only for one that is there.
+        """
+        self.settle()
+        try:
+            return open_()
+        except DeviceError:
+            if not (devices.is_portaudio(self.device) and devices.is_found_anew(self._name, spec)):
+                raise
+        self._leave()
+        self.device.stop()
+        self.device = Absent(self.device.detail, DeviceLostError(f"{self._name} {self.device.detail}: given up"))
+        devices.renew()
+        return open_()
 
     def let_go(self) -> None:
         """Stop the device, so that another can take its place."""

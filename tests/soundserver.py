@@ -82,9 +82,11 @@ set-default-sink spk
 set-default-source mic.monitor
 """
 # handle_underrun: a gap in playback is reported to PortAudio as an output underflow.
-ALSA_DEVICES: Final = """\
+ALSA_MICROPHONE: Final = """\
 pcm.{microphone} {{ type asym capture.pcm {{ type pulse server "{server}" device mic.monitor }} }}
-pcm.{speaker} {{ type asym playback.pcm {{ type pulse server "{server}" device spk handle_underrun 1 }} }}
+"""
+ALSA_SPEAKER: Final = """\
+pcm.{speaker} {{ type asym playback.pcm {{ type pulse server "{server}" device {card} handle_underrun 1 }} }}
 """
 
 
@@ -203,7 +205,8 @@ class SoundServer:
             + (ONE_CARD if cable else TWO_CARDS).format(rate=rate)
         )
         (self.folder / "asound.conf").write_text(
-            ALSA_DEVICES.format(microphone=MICROPHONE, speaker=SPEAKER, server=server)
+            ALSA_MICROPHONE.format(microphone=MICROPHONE, server=server)
+            + ALSA_SPEAKER.format(speaker=SPEAKER, server=server, card="spk")
         )
 
     def __enter__(self) -> Self:
@@ -269,6 +272,11 @@ class SoundServer:
             for line in self._control("list", "short", "modules").splitlines():
                 if f"sink_name={card}" in line.split():
                     self._control("unload-module", line.split()[0])
+
+    def list_speaker(self, card: str) -> None:
+        """Have PortAudio list a card that was plugged in, under its own name, from when it looks for devices next."""
+        with (self.folder / "asound.conf").open("a") as config:
+            config.write(ALSA_SPEAKER.format(speaker=card, server=self.env["PULSE_SERVER"], card=card))
 
     def make_default(self, card: str) -> None:
         """Make a card's sink the default one."""

@@ -209,6 +209,24 @@ def test_another_device_takes_the_place_of_one_that_is_away(held: Held, shop: Sh
     assert held.failure() is None
 
 
+def test_one_that_was_put_in_since_is_found_by_a_new_look_and_one_that_is_not_there_interrupts_nothing(
+    held: Held, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "is_portaudio", lambda _: True)
+    monkeypatch.setattr(devices, "is_found_anew", lambda direction, spec: (direction, spec) == ("output", "device:new"))
+    shop.away = 1
+    with pytest.raises(DeviceError, match="not found"):
+        held.open_other("device:nowhere", shop.open)
+    assert held.works
+    shop.away = 1
+    other = held.open_other("device:new", shop.open)
+    assert shop.did == ["not there", "not there", "fade out", "stop desk 1", "look"]
+    held.let_go()
+    held.take(other)
+    assert shop.did[-1] == "begin anew"
+    assert held.works
+
+
 def test_what_cannot_be_taken_back_is_waited_for(held: Held, shop: Shop) -> None:
     held.let_go()
     shop.away = 1
