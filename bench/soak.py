@@ -38,13 +38,11 @@ from pipeline.errors import ControlError
 from pipeline.messages import Accounting, TimingRecord
 from pipeline.topology import FRAME, FRAME_MS, PROCESSES, SAMPLE_RATE
 from tests.helpers import largest_step, tone
+from tests.integration.test_faults import WHOLE_HZ, silent_stretches
 from tests.integration.test_life import segments
 from tests.runs import Run, Runs, Samples, busy, children, read_wav, wait_for, write_wav
 
 SPEECH: Final = Path(__file__).parents[1] / "pipeline" / "assets" / "speech.flac"
-
-WHOLE_HZ: Final = 450
-"""Whole periods in a frame: echo's tone goes on unbroken where frames of it were dropped."""
 
 TONE_LEVEL: Final = 0.25
 """Of a run's tone."""
@@ -273,7 +271,7 @@ def _stalled(
     with up(runs, config, "--input", spec, "--output", f"file:{target}") as (run, client):
         for index, seconds in enumerate(stalls_s):
             one = Chaos(client, parse(f"stall=inference:{seconds}"), options.seed + index, found.append, normal_s=30.0)
-            one.run(0.001)
+            one.run(0)
             wrong += one.wrong
             print(row(found[-1]), flush=True)
         counts = client.status().accounting
@@ -282,11 +280,14 @@ def _stalled(
     wrong += [f"after a stall of 2 s latency took {one.normal_s} s to be back" for one in late]
     recorded = read_wav(target)[: counts.sent]
     allowed = largest_step(sound) + float(np.abs(sound).max()) * np.pi / (FADE + 1)
-    heard = largest_step(recorded)
+    heard, silent = largest_step(recorded), sum(silent_stretches(recorded))
     print(
         f"\n{spec.partition(':')[0]}: largest step {heard:.4f}, allowed {allowed:.4f}; "
-        f"{int((recorded == 0).sum())} zeros; concealed, which includes fades, {counts.concealed}; gaps {counts.gaps}"
+        f"{silent} silent and {counts.concealed - silent} of fades out make {counts.concealed} concealed; "
+        f"gaps {counts.gaps}"
     )
+    if not 0 <= counts.concealed - silent <= (counts.gaps + 2) * FADE:
+        wrong.append(f"{counts.concealed} samples were counted as concealed, and {silent} are silent")
     return wrong + ([f"a step of {heard:.4f}, over {allowed:.4f}"] if heard > allowed else [])
 
 
@@ -314,7 +315,7 @@ def _deaths(runs: Runs, options: Options, kind: str) -> list[str]:
                 for stage in order:
                     found: list[Incident] = []
                     one = Chaos(client, parse(f"{kind}={stage}"), dice.randrange(1 << 30), found.append, normal_s=0.001)
-                    one.run(0.001)
+                    one.run(0)
                     wrong += [line for line in one.wrong if "latency" not in line]
                     back_s[stage] += [incident.flows_s for incident in found if incident.flows_s is not None]
                 gone_s.append(_kill_supervisor(run))

@@ -289,24 +289,25 @@ class Chaos:
         return status
 
     def run(self, seconds: float) -> None:
-        """Begin faults for so long, and wait for the end of the last. Raises ControlError where the run has gone."""
+        """Begin faults for so long, one at least, and wait for the end of the last.
+
+        Raises ControlError where the run has gone, or does not flow before a fault.
+        """
         topics = ("state.capture", "state.inference", "state.playback", "timing.playback", "xrun")
         until_ns = now_ns() + round(seconds * NS_PER_S)
         with self._client.events(*topics, timeout_s=_LOOK_S) as events:
-            while now_ns() < until_ns and self._flows:
-                self._turn(events)
+            while self._turn(events) and now_ns() < until_ns:
+                pass
 
-    @property
-    def _flows(self) -> bool:
-        return not self.incidents or self.incidents[-1].flows_s is not None
-
-    def _turn(self, events: Events) -> None:
+    def _turn(self, events: Events) -> bool:
+        """One fault; returns whether the run came back."""
         pause_s, fault = draw(self._wanted, self._dice)
         before = self._await(events, Recovery(now_ns()), READY_S)
         if before.flows_ns is None:
             raise ControlError(f"no {CALM} frames in a row were played within {READY_S:g} s: expected a run that flows")
         time.sleep(pause_s)
         self._commit(events, self._survivable(fault), before.latency_ms)
+        return self.incidents[-1].flows_s is not None
 
     def _commit(self, events: Events, fault: Fault, before_ms: float) -> None:
         status = self._client.status()
