@@ -60,7 +60,7 @@ class PlaybackConfig(_Section):
     """What samples are multiplied by before they are sent; 1 sends them as they are."""
     prebuffer_ms: PrebufferMs | None = None
     """How long the first frame waits, so that a later one may be late by as much. Unset: 3 for echo, 40 for moshi.
-    Doubled after each gap, up to a frame."""
+    More where the jitter asks for it, up to a frame."""
     queue_frames: QueueFrames = 3
     """More frames than these waiting for the speaker are skipped, oldest first, down to two."""
 
