@@ -35,13 +35,10 @@ _EVERY_S: Final = 0.5
 _SETTLE_S: Final = 0.5
 """Dates that a device gives before it runs, which are not looked at."""
 
+_FIRST_NOISE_S: Final = 3e-3
 _NOISE_S: Final = 1e-3
-_LEAST_NOISE_S: Final = 0.2e-3
-"""What is left of the callbacks' jitter in the dates of both (docs/latency.md): at most, and at first; at least."""
-
-_FIRST_LOOKS: Final = 8
-_NOISE_LOOKS: Final = 20
-"""For so many looks counts what was expected before the first, and the most that are remembered."""
+_STEADY_S: Final = 20.0
+"""By how much dates are off. A sound server's wander by milliseconds until it has got to know its card."""
 
 _FIRST_RATE: Final = 1_000 * PPM
 _NEXT_RATE: Final = 100 * PPM
@@ -50,17 +47,22 @@ _NEXT_RATE: Final = 100 * PPM
 _WANDER: Final = 0.05 * PPM
 """By how much a drift changes in a second, as its square root's share: 3 ppm in an hour."""
 
-_JUMP_S: Final = 2e-3
+_JUMP_NOISES: Final = 2.0
 _JUMPS: Final = 4
-"""So many dates in a row so far from the expected are a device that was opened anew, or whose buffer was lengthened."""
+"""So many dates in a row that are off by so much more are of a device that was opened anew, or whose buffer grew."""
+
+_JITTER_S: Final = 0.5e-3
+_JITTER_LOOKS: Final = 20
+"""How much a date differs from the one before, at first, and over how many that is measured."""
 
 _ENGAGE_S: Final = 0.5e-3
 _RELEASE_S: Final = 0.1e-3
 _RELEASE_RATE: Final = 2 * PPM
 """A correction begins when the clocks are apart by so much more than the error, and ends within the others."""
 
-_SIGMAS: Final = 4.0
-"""What is fewer standard errors from nothing is taken for nothing, and what is more of them from the rest is cut."""
+_SIGMAS: Final = 3.0
+_JUMP_SIGMAS: Final = 4.0
+"""What is fewer standard errors from nothing is taken for nothing, and what is fewer from the expected for no jump."""
 
 _BACK_IN_S: Final = 10.0
 """In about so long what the clocks have come apart is taken back."""
@@ -78,8 +80,9 @@ class Drift:
         """How much faster than its own clock the output is to take samples; 0 while no drift is certain."""
         self._rate = 0.0
         self._rate_error = _FIRST_RATE
-        self._noise = _NOISE_S**2
-        self._looks = _FIRST_LOOKS
+        self._jitter = _JITTER_S**2
+        self._before_s = 0.0
+        self._began_ns = 0
         self._state: Floats = np.zeros(3)
         self._spread: Floats = np.zeros((3, 3))
         self._first_ns: int | None = None
@@ -105,6 +108,11 @@ class Drift:
     def apart_ms(self) -> float:
         """How much longer than in the beginning a sample takes from microphone to speaker, as far as clocks go."""
         return self._apart * 1_000 if self._running else 0.0
+
+    @property
+    def _noise(self) -> float:
+        steady = self._last_ns - self._began_ns > _STEADY_S * NS_PER_S
+        return float((_NOISE_S if steady else _FIRST_NOISE_S) ** 2)
 
     @property
     def _apart(self) -> float:
@@ -144,6 +152,8 @@ class Drift:
         self._running = True
         self._jumps = 0
         self._state = np.array((phase_s, self._rate, phase_s))
+        self._began_ns = self._last_ns
+        self._before_s = 0.0
         noise = self._noise
         self._spread = np.array(((noise, 0, noise), (0, self._rate_error**2, 0), (noise, 0, noise)))
 
@@ -157,16 +167,13 @@ class Drift:
 
     def _observe(self, phase_s: float) -> None:
         surprise = phase_s - self._state[0]
-        variance = self._spread[0, 0] + self._noise
-        most = _SIGMAS * variance**0.5
-        if abs(surprise) > max(most, _JUMP_S):
+        self._jitter += ((surprise - self._before_s) ** 2 / 2 - self._jitter) / _JITTER_LOOKS
+        self._before_s = surprise
+        if abs(surprise) > max(_JUMP_NOISES * self._noise**0.5, _JUMP_SIGMAS * self._jitter**0.5):
             self._jump()
             return
         self._jumps = 0
-        surprise = max(-most, min(most, surprise))
-        self._looks = min(self._looks + 1, _NOISE_LOOKS)
-        self._noise += (surprise**2 - variance) / self._looks
-        self._noise = max(_LEAST_NOISE_S**2, min(self._noise, _NOISE_S**2))
+        variance = self._spread[0, 0] + self._noise
         gain = self._spread[:, 0] / variance
         self._state = self._state + gain * surprise
         self._spread = self._spread - np.outer(gain, self._spread[0])

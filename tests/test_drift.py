@@ -16,7 +16,7 @@ from procs.devices import _Converter
 from tests.clocks import BEGINNING, CLICK, LOOK_S, Loop, loop, roughness
 from tests.helpers import speech_like, temporary_ring, tone
 
-WITHIN_MS = 10.0
+WITHIN_MS = 12.0
 """How much the latency may differ from what it was."""
 
 
