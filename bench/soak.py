@@ -317,6 +317,7 @@ def _deaths(runs: Runs, options: Options, kind: str) -> list[str]:
                     one = Chaos(client, parse(f"{kind}={stage}"), dice.randrange(1 << 30), found.append, normal_s=0.001)
                     one.run(0)
                     wrong += [line for line in one.wrong if "latency" not in line]
+                    print(*map(row, found), sep="\n", flush=True)
                     back_s[stage] += [incident.flows_s for incident in found if incident.flows_s is not None]
                 gone_s.append(_kill_supervisor(run))
     runs.call("down", "--name", "soak")
@@ -357,6 +358,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.cases) - set(CASES):
         parser.error(f"CASE {', '.join(sorted(unknown))}: expected some of {', '.join(CASES)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs are ended also then
     options = Options(given.hours, given.minutes, given.times, given.seed)
     wrong: list[str] = []
     for name in given.cases or CASES:
