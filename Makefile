@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 ARGS ?=
 
-.PHONY: install demo up test lint system clean
+.PHONY: install demo up test soak lint system clean
 
 install: $(BIN)/pipeline
 
@@ -54,6 +54,10 @@ system:
 
 test: $(VENV)/dev system
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Hours: what the tests show in short (docs/reliability.md).
+soak: $(VENV)/dev system
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 lint: $(VENV)/dev
 	@$(BIN)/ruff check .

@@ -145,3 +145,57 @@ class MicrophoneWatch:
         if due:
             self._watching = False
         return due
+
+
+# Default devices. PortAudio stays with the device that was the default when it was opened.
+
+_SYSTEM_OBJECT: Final = 1
+"""kAudioObjectSystemObject of <CoreAudio/AudioHardware.h>."""
+
+_DEFAULT_SELECTORS: Final = {"input": b"dIn ", "output": b"dOut"}
+"""kAudioHardwarePropertyDefaultInputDevice and kAudioHardwarePropertyDefaultOutputDevice."""
+
+_SCOPE_GLOBAL: Final = b"glob"
+_COREAUDIO: Final = "/System/Library/Frameworks/CoreAudio.framework/CoreAudio"
+_LOOK_NS: Final = _NS_PER_S
+
+
+class _Address(ctypes.Structure):
+    """AudioObjectPropertyAddress."""
+
+    _fields_ = (("selector", ctypes.c_uint32), ("scope", ctypes.c_uint32), ("element", ctypes.c_uint32))
+
+
+def default_device(kind: str) -> int | None:
+    """CoreAudio's number of the default `input` or `output`; None where there is none, or it is not macOS."""
+    if not is_macos():
+        return None
+    address = _Address(int.from_bytes(_DEFAULT_SELECTORS[kind]), int.from_bytes(_SCOPE_GLOBAL), 0)
+    device = ctypes.c_uint32()
+    size = ctypes.c_uint32(ctypes.sizeof(device))
+    try:
+        ask = ctypes.CDLL(_COREAUDIO).AudioObjectGetPropertyData
+    except (AttributeError, OSError):
+        return None
+    failed = ask(_SYSTEM_OBJECT, ctypes.byref(address), 0, None, ctypes.byref(size), ctypes.byref(device))
+    return None if failed else device.value or None
+
+
+class DefaultWatch:
+    """Notices, within a second, that another device has become the default `input` or `output`. Never but on macOS.
+
+    Untried, as all of this module is. Other systems move a stream to the new default by themselves.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._device = default_device(kind)
+        self._look_ns = 0
+
+    def has_changed(self, now_ns: int) -> bool:
+        """Whether there is a default, and it is not the one that was found when this was made."""
+        if now_ns < self._look_ns:
+            return False
+        self._look_ns = now_ns + _LOOK_NS
+        found = default_device(self._kind)
+        return found is not None and found != self._device

@@ -26,6 +26,8 @@ Frames = Annotated[int, Meta(ge=1, le=100)]
 QueueFrames = Annotated[int, Meta(ge=2, le=100)]
 PrebufferMs = Annotated[float, Meta(ge=0, le=80)]
 Volume = Annotated[float, Meta(ge=0, le=1)]
+StepMs = Annotated[float, Meta(ge=0, le=10_000)]
+Ppm = Annotated[float, Meta(ge=-10_000, le=10_000)]
 
 
 class _Section(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -58,7 +60,7 @@ class PlaybackConfig(_Section):
     """What samples are multiplied by before they are sent; 1 sends them as they are."""
     prebuffer_ms: PrebufferMs | None = None
     """How long the first frame waits, so that a later one may be late by as much. Unset: 3 for echo, 40 for moshi.
-    Doubled after each gap, up to a frame."""
+    More where the jitter asks for it, up to a frame."""
     queue_frames: QueueFrames = 3
     """More frames than these waiting for the speaker are skipped, oldest first, down to two."""
 
@@ -70,6 +72,8 @@ class InferenceConfig(_Section):
     """What is left waiting when a backlog is dropped."""
     backlog_limit: Frames = 8
     """More than these waiting are dropped, oldest first."""
+    step_down: bool = False
+    """Go on with the model's q4, in a new conversation, where q8 or bf16 is too slow and q4 was downloaded too."""
     codec: Literal["auto", "mlx", "rust"] = "auto"
     """What turns sound into codes and back: Mimi on MLX's device, or rustymimi on the CPU. `auto` takes what was
     measured to be faster where MLX computes."""
@@ -152,6 +156,24 @@ class RemoteConfig(_Section):
     whose key was made by `pipeline keys`. Unset: no other machine reaches the run."""
 
 
+class FaultsConfig(_Section):
+    """What is made worse than it is. For tests: docs/reliability.md."""
+
+    step_ms: StepMs = 0.0
+    """A step of the model takes at least so long, so that echo can stand in for a model of that speed."""
+    jitter_ms: StepMs = 0.0
+    """So much is added to each step at most: another share of it each time."""
+    seed: Seed = 0
+    """Another one, other jitter."""
+    hang: Literal["lock", "loop"] | None = None
+    """What SIGUSR2 does to a stage. `lock`: its main thread keeps the interpreter's lock for ever. `loop`: it turns for
+    ever, and its other threads go on. Unset: nobody can make a stage hang."""
+    input_ppm: Ppm = 0.0
+    """How much faster than the monotonic clock's is the clock of an input that is no device."""
+    output_ppm: Ppm = 0.0
+    """The same, of an output that is no device."""
+
+
 class Config(_Section):
     """Everything that a run can be told before it starts."""
 
@@ -170,6 +192,7 @@ class Config(_Section):
     playback: PlaybackConfig = msgspec.field(default_factory=PlaybackConfig)
     sampler: SamplerConfig = msgspec.field(default_factory=SamplerConfig)
     remote: RemoteConfig = msgspec.field(default_factory=RemoteConfig)
+    faults: FaultsConfig = msgspec.field(default_factory=FaultsConfig)
 
 
 _PREBUFFER_MS: Final[dict[EngineName, float]] = {"echo": 3.0, "moshi": 40.0}

@@ -303,6 +303,8 @@ class StatusReport(Struct, kw_only=True):
     """Whether the model takes no frames."""
     recording: str | None
     """The sound file that both sides are recorded to."""
+    overloaded: bool = False
+    """Whether the model is too slow for real time."""
     settings: Config
     """As they are in force now."""
     stages: dict[StageName, StageStatus]
@@ -462,6 +464,17 @@ class RecordingRecord(_Record, tag="recording", kw_only=True):
     time_ns: int
 
 
+class OverloadRecord(_Record, tag="overload", kw_only=True):
+    """Topic state.overload: the model has become too slow for real time, or is fast enough again."""
+
+    on: bool
+    p95_ms: float
+    """What 95 % of the frames of the last 10 s took at most."""
+    advice: str = ""
+    """What helps on this machine."""
+    time_ns: int
+
+
 class CommandRecord(_Record, tag="command", kw_only=True):
     """Topic command: a command was answered. Status and trace are not told of."""
 
@@ -493,6 +506,7 @@ Event = (
     | LogRecord
     | RunRecord
     | RecordingRecord
+    | OverloadRecord
     | CommandRecord
     | StatusRecord
 )
@@ -581,6 +595,8 @@ def topic(record: Report | Event) -> str | None:
             return "state.run"
         case RecordingRecord():
             return "state.recording"
+        case OverloadRecord():
+            return "state.overload"
         case CommandRecord():
             return "command"
         case StatusRecord():

@@ -30,6 +30,7 @@ from pipeline.messages import (
     LogRecord,
     Mute,
     Output,
+    OverloadRecord,
     Pause,
     Record,
     RecordingRecord,
@@ -156,6 +157,9 @@ EVENTS: Final[tuple[Event, ...]] = (
     StageRecord(stage="playback", state="running", detail="MacBook Pro Speakers, 48000 Hz", device_latency_ms=18.2,
                 time_ns=_NOW_NS),
     RunRecord(name="default", pid=4099, state="running", muted=False, paused=False, engine="moshi", time_ns=_NOW_NS),
+    OverloadRecord(
+        on=True, p95_ms=112.4, advice="q4 is faster than q8: `pipeline up --quality q4`", time_ns=_NOW_NS
+    ),
     RecordingRecord(path="/home/me/call.wav", transcript="/home/me/call.txt", on=True, frame=_FRAME, time_ns=_NOW_NS),
     _TEXT,
     XrunRecord(stage="playback", kind="gap", count=1, time_ns=_NOW_NS),

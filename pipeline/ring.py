@@ -66,6 +66,7 @@ _PAUSED_AT: Final = 21
 _ANCHOR_VERSION_AT: Final = 32
 _ANCHOR_POSITION_AT: Final = 33
 _ANCHOR_NS_AT: Final = 34
+_DRIFT_AT: Final = 35
 _LEDGER_VERSION_AT: Final = 48
 _COUNTERS_AT: Final = 49
 _CONSUMER_VERSION_AT: Final = 64
@@ -283,6 +284,17 @@ class Ring:
                 return anchor if version else None
         return None
 
+    @property
+    def drift_ppm(self) -> float | None:
+        """How much faster the microphone's clock is than that of the device this ring is sent to; None if unknown."""
+        known = self.words[_DRIFT_AT]
+        return (known >> 1) / 1_000 if known else None
+
+    @drift_ppm.setter
+    def drift_ppm(self, ppm: float | None) -> None:
+        # In thousandths, above a bit which says that it is known: 0 is what a new ring holds.
+        self.words[_DRIFT_AT] = 0 if ppm is None else round(ppm * 1_000) << 1 | 1
+
     def count(self, counter: str, amount: int) -> None:
         """Add to one of COUNTERS, which are the writer's to keep."""
         self.words[_COUNTER_AT[counter]] += amount
@@ -359,6 +371,7 @@ class RingWriter:
         words[_MARK_COUNT_AT] = min(words[_MARK_COUNT_AT], words[_POSITION_AT] // FRAME)
         words[_END_AT] = _NO_END
         words[_PAUSED_AT] = 0
+        words[_DRIFT_AT] = 0
         membar.wmb()
         words[_GENERATION_AT] += 1
 

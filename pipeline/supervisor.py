@@ -17,7 +17,7 @@ from typing import Final
 
 import psutil
 
-from pipeline import accounting, keys, messages
+from pipeline import accounting, keys, messages, overload
 from pipeline import config as settings
 from pipeline.bell import Bell
 from pipeline.commands import Asked, Requests
@@ -39,6 +39,7 @@ from pipeline.messages import (
     LogRecord,
     Mute,
     Output,
+    OverloadRecord,
     Pause,
     Record,
     RecordingRecord,
@@ -224,9 +225,9 @@ class Supervisor:
         self._keep_logs = False
         self._stages: dict[StageName, _StageProcess] = {p.name: _StageProcess(p) for p in PROCESSES}
         self._mic_to_speaker = Durations()
-        self._drift = accounting.Drift()
         self._farewells: list[Asked] = []
         self._flight = FlightRecorder()
+        self._overload = overload.Overload()
         self._status_at_ns = 0
         self._look_at_ns = 0
         self._began_ns = clock()
@@ -554,6 +555,7 @@ class Supervisor:
             self._keep_logs = self._keep_logs or said
             where = f"; its messages are in {log}" if said else ""
             how = f"{name}: {stage.detail}" if stage.state == "fatal" else f"{name} {_how_it_ended(code)}{where}"
+            stage.renewing = False
             if stage.restart is not None:
                 self.requests.refuse(stage.restart, how, name)
                 stage.restart = None
@@ -622,8 +624,28 @@ class Supervisor:
             duration_ms -= FRAME_MS
         self._stages[record.stage].durations.add_ms(duration_ms)
         self._keep_draining()
+        if record.stage == "inference" and not self._config.offline and (change := self._overload.take(record)):
+            self._tell_overload(change)
         if record.stage == "playback":
             self._mic_to_speaker.add_ms(record.mic_to_speaker_ms)
+
+    def _tell_overload(self, change: overload.Change) -> None:
+        advice = overload.advice(self._config) if change.on else ""
+        self._publish(OverloadRecord(on=change.on, p95_ms=change.p95_ms, advice=advice, time_ns=self._clock()))
+        if not change.on:
+            self._log("info", f"the model is fast enough again: 95 % of the frames took {change.p95_ms:.0f} ms or less")
+            return
+        slow = f"the model is too slow: 95 % of the frames took up to {change.p95_ms:.0f} ms of {FRAME_MS:.0f}"
+        lighter = overload.lighter(self._config) if self._config.inference.step_down else None
+        self._log("warning", f"{slow}; {f'it goes on with {lighter[1]}' if lighter else advice}")
+        if lighter:
+            self._step_down(*lighter)
+
+    def _step_down(self, model: str | None, quality: str) -> None:
+        self._config = settings.changed(self._config, {"model": model, "quality": quality})
+        self._save_settings()
+        self._overload.clear()
+        self._renew(self._stages["inference"])
 
     def _stage_said(self, record: StageRecord) -> None:
         stage = self._stages[record.stage]
@@ -775,12 +797,10 @@ class Supervisor:
                 self._config = self._changed(command)
                 self._save_settings()
             case Input(spec=spec):
-                self._drift = accounting.Drift()
                 origin = self._rings["capture"].position
                 self._config = settings.changed(self._config, {"capture.input": spec, "capture.origin": origin})
                 self._save_settings()
             case Output(spec=spec):
-                self._drift = accounting.Drift()
                 self._config = settings.changed(self._config, {"playback.output": spec})
                 self._save_settings()
 
@@ -791,13 +811,17 @@ class Supervisor:
         if self._state != "running" or stage.state not in ("running", "backoff", "starting"):
             raise ConfigError(f"{name} is {stage.state}, not running")
         stage.restart = asked
-        stage.strikes = 0
         self.requests.wait(asked, name, RESTART_S)
+        self._renew(stage)
+
+    def _renew(self, stage: _StageProcess) -> None:
+        """End a stage in good order, if it runs, and start it again."""
+        stage.strikes = 0
         if stage.state == "backoff":
             self._spawn(stage)
             return
         stage.renewing = True
-        self.hub.order(name, Stop())
+        self.hub.order(stage.process.name, Stop())
         if stage.state == "starting" and stage.popen is not None:  # and reads no orders
             stage.popen.terminate()
         stage.kill_at_ns = self._clock() + round(STOP_S * NS_PER_S)
@@ -817,6 +841,7 @@ class Supervisor:
             muted=self._muted,
             paused=self._paused,
             recording=self.recording.path,
+            overloaded=self._overload.on,
             settings=self._config,
             time_ns=self._clock(),
             state=self._state,
@@ -831,7 +856,7 @@ class Supervisor:
                 mic_to_speaker_ms=self._mic_to_speaker.spread(),
             ),
             xruns=xruns,
-            drift_ppm=None if self._config.offline else self._drift.ppm(self._rings["capture"], self._rings["heard"]),
+            drift_ppm=self._rings["heard"].drift_ppm,
         )
 
 

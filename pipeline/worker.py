@@ -25,6 +25,7 @@ from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno, StageLink
 from pipeline.errors import DeviceLostError, PipelineError
+from pipeline.faults import hang_on_signal
 from pipeline.messages import (
     Acknowledged,
     AnyCommand,
@@ -48,7 +49,7 @@ EXIT_FATAL: Final = 2
 """Exit code of a stage that cannot work with the settings, device or model it was given: not to be restarted."""
 
 EXIT_LOST: Final = 3
-"""Exit code of a stage whose device has stopped: to be started again."""
+"""Exit code of a stage that its sound system has hung up: to be started again."""
 
 _TICK_S: Final = 2 * FRAME_MS / 1_000
 """How often a stage looks around that nothing wakes: what it reports of two frames goes out together."""
@@ -256,10 +257,14 @@ class _Worker:
             if isinstance(error, DeviceLostError):
                 raise
             return
-        if self._stage.detail != self._detail:
+        self._tell_detail()
+        self._context.report(Acknowledged(request=request, frame=frame))
+
+    def _tell_detail(self) -> None:
+        """Say what the stage works with, if that is another than was said last."""
+        if self._running and self._stage.detail != self._detail:
             self._detail = self._stage.detail
             self._say("running")
-        self._context.report(Acknowledged(request=request, frame=frame))
 
     def _loop(self) -> None:
         link = self._link
@@ -285,6 +290,7 @@ class _Worker:
                     case Stop():
                         return
             more = self._running and self._stage.work()
+            self._tell_detail()
             self._device_latency_ms = self._stage.device_latency_ms()
 
 
@@ -327,6 +333,8 @@ def main(name: StageName, make: Callable[[Context], Stage]) -> None:
         sys.exit(f"{name}: {error}")
     faulthandler.enable()
     faulthandler.register(SHOW_STACKS, chain=False)
+    if config.faults.hang is not None:
+        hang_on_signal(config.faults.hang)
     worker = _Worker(name, make(context), context, link, alive)
     pulse = _Pulse(worker, folder)
     if alive is not None:

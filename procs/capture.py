@@ -1,15 +1,16 @@
 """The capture stage: microphone samples, made fit for the codec, into the capture ring. Nothing else."""
 
 from pipeline import apple, worker
-from pipeline.audio import level, make_fit
+from pipeline.audio import FADE, falling, level, make_fit, rising
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, Input, Mute, TimingRecord, Unmute, XrunRecord, dbfs
 from pipeline.ring import Anchor, RingReader, RingWriter, Samples
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, SAMPLE_RATE
 from pipeline.worker import Context
 from procs import devices
+from procs.recovery import Held
 
 
 class Capture:
@@ -20,7 +21,10 @@ class Capture:
         self._ring = context.rings["capture"]
         self._writer = RingWriter(self._ring)
         self._bell = context.bell
-        self._device: devices.Device = devices.Unopened()
+        self._held = Held(context, "input", self._open_present, self._begin_anew)
+        self._rise = rising()
+        self._fading = devices.silence(FADE)
+        self._joined = FADE
         make_fit(devices.silence(FRAME))  # the first time takes milliseconds
         self._muted = False
         self._microphone = apple.MicrophoneWatch(context.config.capture.input)
@@ -36,15 +40,20 @@ class Capture:
 
     @property
     def detail(self) -> str:
-        return self._device.detail
+        return self._held.detail
 
     def open(self) -> None:
         if self._context.config.offline:
-            self._device = devices.open_source(
+            self._held.device = devices.open_source(
                 self._spec, on_block=self.on_block, on_end=self._on_end, has_room=self._has_room
             )
         else:
-            self._device = self._open(self._spec, self._origin)
+            self._held.open(self._spec, wait=self._writer.position > 0)
+
+    def _open_present(self) -> devices.Device:
+        device = self._open(self._spec, self._origin)
+        self._spec = devices.by_name(self._spec, device)
+        return device
 
     def _open(self, spec: str, origin: int) -> devices.Device:
         """Open an input that was first taken at position `origin`."""
@@ -54,6 +63,7 @@ class Capture:
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
             resume_at=max(0, self._writer.position - origin),
+            skew_ppm=self._context.config.faults.input_ppm,
             on_block=self.on_block,
             on_end=self._on_end,
         )
@@ -63,11 +73,21 @@ class Capture:
         frames = self._context.config.inference.backlog_limit
         return self._writer.waiting < frames * FRAME and self._writer.room > FRAME
 
+    def _begin_anew(self) -> None:
+        """Go on, as a successor would, where a device was lost: from its last sample into the first, with no step."""
+        recent = devices.silence(FADE + 1)
+        there = min(self._ring.position, len(recent))
+        RingReader(self._ring, self._ring.position - there).read(recent[len(recent) - there :])
+        self._fading = recent[-2::-1] * falling()
+        self._joined = 0
+        self._captured_ns = 0
+        self._writer = RingWriter(self._ring)
+
     def start(self) -> None:
-        self._device.start()
+        self._held.start()
 
     def device_latency_ms(self) -> float:
-        return self._device.latency_ms
+        return self._held.device.latency_ms
 
     def wakes(self) -> HasFileno | None:
         return None
@@ -81,6 +101,8 @@ class Capture:
         if xrun:
             writer.count("xruns")
         self._microphone.take(samples)
+        if self._joined < FADE:
+            self._join(samples)
         if self._muted:
             samples.fill(0)
         writer.anchor(writer.position, adc_ns)
@@ -101,6 +123,14 @@ class Capture:
                 self._bell.ring()
             start = stop
 
+    def _join(self, samples: Samples) -> None:
+        """Fade in, over the last samples of the device that was lost, backwards: the codec hears no click."""
+        at = slice(self._joined, self._joined + len(samples))
+        rise = self._rise[at]
+        samples[: len(rise)] *= rise
+        samples[: len(rise)] += self._fading[at]
+        self._joined += len(rise)
+
     def _on_end(self) -> None:
         """The device has no more, and says so in its own thread, at once: the last frame is not to be late."""
         self._seal()
@@ -108,9 +138,7 @@ class Capture:
 
     def work(self) -> bool:
         """Report what was captured since the last look, and the end."""
-        if (failure := self._device.failure()) and not self._finished:
-            if isinstance(failure, DeviceLostError):
-                raise failure
+        if not self._finished and (failure := self._held.failure()):
             # A damaged file will not get better: what was read of it is answered.
             self._context.log("error", str(failure))
             self.finish()
@@ -151,7 +179,7 @@ class Capture:
         if self._finished:
             return
         self._finished = True
-        self._device.stop()
+        self._held.close()
         if not self._input_ended:
             self._seal()
         self._context.report(Finished(stage="capture"))
@@ -176,9 +204,9 @@ class Capture:
 
     def _switch(self, spec: str) -> None:
         """Take another input; where it cannot be opened or started, the present one stays or is opened again."""
-        origin = self._writer.position
-        device = self._open(spec, origin)
-        self._device.stop()
+        held, origin = self._held, self._writer.position
+        device = held.open_other(spec, lambda: self._open(spec, origin))
+        held.let_go()
         try:
             if self._finished or self._input_ended:
                 raise DeviceError(f"input {spec!r}: the input has ended, and the run with it")
@@ -186,20 +214,14 @@ class Capture:
         except DeviceError as error:
             device.stop()
             if not (self._finished or self._input_ended):
-                self._take_back(error)
+                held.take_back(error)
             raise DeviceError(str(error)) from None
-        self._device, self._spec, self._origin = device, spec, origin
+        held.take(device)
+        self._spec, self._origin = devices.by_name(spec, device), origin
         self._microphone = apple.MicrophoneWatch(spec)
 
-    def _take_back(self, why: DeviceError) -> None:
-        try:
-            self._device = self._open(self._spec, self._origin)
-            self._device.start()
-        except DeviceError as error:
-            raise DeviceLostError(f"{why}; and then {error}") from None
-
     def stop(self) -> None:
-        self._device.stop()
+        self._held.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -25,12 +26,15 @@ import numpy as np
 import soundfile
 import soxr
 
+from pipeline import apple
 from pipeline.audio import FULL_SCALE, Samples
+from pipeline.drift import MOST_PPM, PPM, Vernier
 from pipeline.errors import DeviceError, DeviceLostError, PipelineError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread, threads
 from pipeline.topology import FRAME, SAMPLE_RATE
 
 OnBlock = Callable[[Samples, int, bool], None]
+Ppm = Callable[[], float]
 Write = Callable[[Samples], None]
 
 INPUT_SPECS: Final = "device, device:NAME, file:PATH, tone:HZ or silence"
@@ -57,6 +61,25 @@ _SET_ADD_PEAK_CHUNK: Final = 0x1050
 
 _CALLBACKS: Final = 25
 """Whose median dates a block."""
+
+_FIRST_CALL_NS: Final = 5 * NS_PER_S
+"""How long a device may take to call back for the first time: a wireless one takes a second or two."""
+
+_NEXT_CALL_NS: Final = NS_PER_S
+"""How long after that it may be silent before it is taken for lost."""
+
+_LOOKS: Final = 4
+"""How often it has to be found silent: a stage that was stopped itself finds what it missed when it looks again."""
+
+_LIST: Final = (sys.executable, "-P", "-m", "procs.devices")
+_LIST_S: Final = 2.0
+
+_LET_GO_S: Final = 0.5
+"""How long a device that is let go of for good may take."""
+
+
+class DefaultChangedError(DeviceLostError):
+    """The device works, but what is wanted is the system's default, which is another now."""
 
 
 class Device(Protocol):
@@ -92,6 +115,17 @@ class Unopened:
         return None
 
 
+class Absent(Unopened):
+    """Stands where a device is to be that cannot be had at present, and `why`."""
+
+    def __init__(self, detail: str, why: DeviceError) -> None:
+        self.detail = detail
+        self._why = DeviceLostError(str(why))
+
+    def failure(self) -> DeviceError | None:
+        return self._why
+
+
 def _resampler(source_rate: int, target_rate: int) -> soxr.ResampleStream | None:
     """What brings mono samples from one rate to the other; None where they are the same."""
     if source_rate == target_rate:
@@ -105,35 +139,62 @@ def silence(count: int) -> Samples:
 
 
 def open_input(
-    spec: str, *, block: int, latency_ms: float, resume_at: int, on_block: OnBlock, on_end: Callable[[], None]
+    spec: str,
+    *,
+    block: int,
+    latency_ms: float,
+    resume_at: int,
+    on_block: OnBlock,
+    on_end: Callable[[], None],
+    skew_ppm: float = 0.0,
 ) -> Device:
     """Open what `spec` names. A file goes on at sample `resume_at`, and calls `on_end` after its last.
 
-    Raises DeviceError.
+    A stand-in's clock is faster than the monotonic one by `skew_ppm`. Raises DeviceError.
     """
     kind, _, name = spec.partition(":")
     match kind:
         case "device":
             return _PortAudioInput(name, block, latency_ms, on_block)
         case "file" if name:
-            return _PacedInput(f"file {name}", _file_blocks(Path(name), resume_at), on_block, on_end)
+            return _PacedInput(f"file {name}", _file_blocks(Path(name), resume_at), on_block, on_end, skew_ppm)
         case "tone":
-            return _PacedInput(f"tone {name} Hz", _tone_blocks(name, resume_at), on_block, on_end)
+            return _PacedInput(f"tone {name} Hz", _tone_blocks(name, resume_at), on_block, on_end, skew_ppm)
         case "silence" if not name:
-            return _PacedInput("silence", _silent_blocks(), on_block, on_end)
+            return _PacedInput("silence", _silent_blocks(), on_block, on_end, skew_ppm)
     raise DeviceError(f"input {spec!r}: expected {INPUT_SPECS}")
 
 
-def open_output(spec: str, *, block: int, latency_ms: float, resume: bool, on_block: OnBlock) -> Device:
-    """Open what `spec` names. With `resume`, a file is added to and not begun anew. Raises DeviceError."""
+def _no_correction() -> float:
+    return 0.0
+
+
+def open_output(
+    spec: str,
+    *,
+    block: int,
+    latency_ms: float,
+    resume: bool,
+    on_block: OnBlock,
+    correction_ppm: Ppm = _no_correction,
+    skew_ppm: float = 0.0,
+) -> Device:
+    """Open what `spec` names. With `resume`, a file is added to and not begun anew. Raises DeviceError.
+
+    It asks `on_block` for samples faster than its own clock by `correction_ppm`, which it calls for each block. A
+    stand-in's clock is faster than the monotonic one by `skew_ppm`.
+    """
     kind, _, name = spec.partition(":")
     match kind:
         case "device":
-            return _PortAudioOutput(name, block, latency_ms, on_block)
+            return _PortAudioOutput(name, block, latency_ms, on_block, correction_ppm)
         case "file" if name:
-            return _PacedOutput(f"file {name}", block, on_block, _FileSink(Path(name), resume))
+            sink = _FileSink(Path(name), resume)
+            vernier = Vernier(on_block, correction_ppm)
+            return _PacedOutput(f"file {name}", block, vernier.fill, sink, lambda: skew_ppm)
         case "null" if not name:
-            return _PacedOutput("null", _NULL_BLOCK, on_block, None)
+            # What nobody hears need not be resampled: its clock is set.
+            return _PacedOutput("null", _NULL_BLOCK, on_block, None, lambda: skew_ppm + correction_ppm())
     raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
 
 
@@ -152,7 +213,8 @@ def open_sink(spec: str, *, move: Callable[[Write], bool], ended: Callable[[], b
     return EagerOutput(f"file {name}", move, ended, _FileSink(Path(name), resume=False))
 
 
-# Stand-ins: they keep the monotonic clock's time, as a device keeps its crystal's. Offline they keep none.
+# Stand-ins: they keep the monotonic clock's time, or what a test makes of it, as a device keeps its crystal's. Offline
+# they keep none.
 
 
 class _Mover:
@@ -187,23 +249,22 @@ class _Mover:
 class _Pace(_Mover):
     """Calls `turn(due_ns)` once for each block's time, and catches up when it was held up."""
 
-    def __init__(self, detail: str, block: int, turn: Callable[[int], bool]) -> None:
+    def __init__(self, detail: str, block: int, turn: Callable[[int], bool], skew_ppm: Ppm) -> None:
         super().__init__(detail)
         self._block = block
         self._turn = turn
+        self._skew_ppm = skew_ppm
 
     def _move(self) -> None:
         promote_thread()
-        begin_ns = now_ns()
-        blocks = 0
+        due_ns = float(now_ns())
         while True:
-            due_ns = begin_ns + blocks * self._block * NS_PER_S // SAMPLE_RATE
             wait_ns = due_ns - now_ns()
             if wait_ns > 0:
                 time.sleep(wait_ns / NS_PER_S)
-            if self._leave.is_set() or not self._turn(due_ns):
+            if self._leave.is_set() or not self._turn(round(due_ns)):
                 return
-            blocks += 1
+            due_ns += self._block * NS_PER_S / (SAMPLE_RATE * (1 + self._skew_ppm() * PPM))
 
 
 class _Eager(_Mover):
@@ -296,7 +357,14 @@ class _PacedInput:
 
     latency_ms = 0.0
 
-    def __init__(self, detail: str, blocks: Iterator[Samples], on_block: OnBlock, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        detail: str,
+        blocks: Iterator[Samples],
+        on_block: OnBlock,
+        on_end: Callable[[], None],
+        skew_ppm: float,
+    ) -> None:
         self.detail = detail
         self._blocks = blocks
         self._on_block = on_block
@@ -306,7 +374,7 @@ class _PacedInput:
             self._block = next(blocks, None)  # to read a file for the first time takes long
         except soundfile.LibsndfileError as error:
             raise DeviceError(f"input {detail}: {error.error_string}") from None
-        self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn)
+        self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn, lambda: skew_ppm)
 
     def _turn(self, due_ns: int) -> bool:
         if self._first:
@@ -333,12 +401,12 @@ class _PacedOutput:
 
     latency_ms = 0.0
 
-    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: "_FileSink | None") -> None:
+    def __init__(self, detail: str, block: int, on_block: OnBlock, sink: "_FileSink | None", skew_ppm: Ppm) -> None:
         self.detail = detail
         self._on_block = on_block
         self._sink = sink
         self._samples = silence(block)
-        self._pace = _Pace(f"output {detail}", block, self._turn)
+        self._pace = _Pace(f"output {detail}", block, self._turn, skew_ppm)
 
     def _turn(self, due_ns: int) -> bool:
         self._on_block(self._samples, due_ns, False)
@@ -514,9 +582,36 @@ class _Dating:
         return _median(self._origins) + elapsed_ns
 
     @property
+    def position(self) -> int:
+        """Samples that were dated so far."""
+        return self._position
+
+    @property
     def distance_ms(self) -> float | None:
         """How far from its callback a block's first sample is converted; None before the first callback."""
         return _median(self._distances) / NS_PER_MS if self._distances else None
+
+
+class _Silence:
+    """Notices a device that calls no more though it is not said to have stopped.
+
+    So does a card that was pulled out on macOS, and a sound server that hangs.
+    """
+
+    def __init__(self, clock: Callable[[], int] = now_ns) -> None:
+        self._clock = clock
+        self._position = 0
+        self._since_ns = clock()
+        self._looks = 0
+
+    def lasts(self, position: int) -> bool:
+        """Whether it has lasted too long, where the device has moved `position` samples so far."""
+        now = self._clock()
+        if position != self._position:
+            self._position, self._since_ns, self._looks = position, now, 0
+        self._looks += 1
+        longest_ns = _NEXT_CALL_NS if position else _FIRST_CALL_NS
+        return self._looks > _LOOKS and now - self._since_ns > longest_ns
 
 
 def _median(values: deque[int]) -> int:
@@ -549,6 +644,23 @@ def _portaudio() -> Any:
     return sounddevice
 
 
+def renew() -> None:
+    """Have PortAudio look for devices anew, which it does only when it begins. None of its streams may be open.
+
+    Raises DeviceError.
+    """
+    sd = sys.modules.get("sounddevice")
+    if sd is None:
+        return
+    try:
+        with _quiet():
+            while sd._initialized:
+                sd._terminate()
+            sd._initialize()
+    except sd.PortAudioError as error:
+        raise DeviceError(f"PortAudio does not begin: {error}") from None
+
+
 class _Chosen(NamedTuple):
     device: int
     name: str
@@ -578,12 +690,17 @@ def _choose(sd: Any, name: str, kind: str) -> _Chosen:
 class _PortAudioStream:
     """What input and output share: the stream, and that it may stop by itself when its device is lost."""
 
-    def __init__(self, stream: Any, kind: str, detail: str, threads_before: set[int]) -> None:
-        self.detail = detail
+    _dating: _Dating
+
+    def __init__(self, stream: Any, kind: str, chosen: _Chosen, threads_before: set[int], asked: str) -> None:
+        self.name = chosen.name
+        self.detail = f"{chosen.name} at {chosen.rate} Hz"
         self._kind = kind
         self._stream = stream
         self._threads_before = threads_before
         self._started = False
+        self._silence = _Silence()
+        self._default = apple.DefaultWatch(kind) if not asked else None
 
     def start(self) -> None:
         try:
@@ -593,6 +710,7 @@ class _PortAudioStream:
         # PortAudio's own, which calls back, and the sound system's, without which it would have nothing to call for.
         for thread in threads() - self._threads_before:
             promote_thread(thread)
+        self._silence = _Silence()
         self._started = True
 
     def stop(self) -> None:
@@ -603,9 +721,53 @@ class _PortAudioStream:
             self._stream.close(ignore_errors=True)
 
     def failure(self) -> DeviceError | None:
-        if self._started and not self._stream.active:
-            return DeviceLostError(f"{self._kind} {self.detail}: the device has stopped")
+        if not self._started:
+            return None
+        if not self._stream.active:
+            return self._lost("the device has stopped")
+        if self._silence.lasts(self._dating.position):
+            return self._lost(f"the device has not called for {_NEXT_CALL_NS / NS_PER_S:g} s")
+        if self._default is not None and self._default.has_changed(now_ns()):
+            return DefaultChangedError(f"{self._kind} {self.detail}: another device is the default now")
         return None
+
+    def _lost(self, why: str) -> DeviceLostError:
+        return DeviceLostError(f"{self._kind} {self.detail}: {why}")
+
+
+def is_found_anew(direction: str, spec: str) -> bool:
+    """Whether a process that asks PortAudio now finds an `input` or `output` by the name in `spec`."""
+    kind, _, name = spec.partition(":")
+    if kind != "device" or not name:
+        return False
+    try:
+        done = subprocess.run(_LIST, capture_output=True, timeout=_LIST_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    found = json.loads(done.stdout)["devices"]
+    return any(name.lower() in one["name"].lower() and one[f"{direction}s"] for one in found)
+
+
+def is_portaudio(device: Device) -> bool:
+    """Whether it is a device of PortAudio's, and none that stands in for one."""
+    return isinstance(device, _PortAudioStream)
+
+
+def let_go(device: Device) -> None:
+    """Stop a device for good, and wait no longer than a moment for PortAudio: that of a dead sound system may block."""
+    if not is_portaudio(device):
+        device.stop()
+        return
+    stopping = threading.Thread(target=device.stop, name="let go", daemon=True)
+    stopping.start()
+    stopping.join(_LET_GO_S)
+
+
+def by_name(spec: str, device: Device) -> str:
+    """`spec`, or where it gives an index, which is another device's once one has come or gone, the same by its name."""
+    if isinstance(device, _PortAudioStream) and spec.removeprefix("device:").isdecimal():
+        return f"device:{device.name}"
+    return spec
 
 
 def _open_stream(sd: Any, make: Any, chosen: _Chosen, kind: str, **options: Any) -> Any:
@@ -638,7 +800,7 @@ class _PortAudioInput(_PortAudioStream):
             sd, sd.InputStream, chosen, "input",
             blocksize=device_block, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, "input", f"{chosen.name} at {chosen.rate} Hz", threads_before)
+        super().__init__(stream, "input", chosen, threads_before, name)
 
     @property
     def latency_ms(self) -> float:
@@ -662,49 +824,71 @@ class _PortAudioInput(_PortAudioStream):
         self._on_block(samples, adc_ns, bool(status.input_overflow))
 
 
+class _Converter:
+    """What a Vernier is, for a device with a rate of its own: the resampler that it needs has the drift in its ratio.
+
+    soxr's variable rate is used because it takes a new ratio without a joint, and holds 10 ms where its fixed one
+    comes with 35 ms at once.
+    """
+
+    def __init__(self, rate: int, block: int, on_block: OnBlock, correction_ppm: Ppm) -> None:
+        self._rate = rate
+        self._on_block = on_block
+        self._correction_ppm = correction_ppm
+        fastest = SAMPLE_RATE * (1 + MOST_PPM * PPM)
+        self._resampler = soxr.ResampleStream(fastest, rate, 1, dtype="float32", quality=_RESAMPLER, vr=True)
+        self._samples = silence(block)
+        self._held = silence(0)
+        self._ahead = 0.0  # samples that were asked for and not delivered
+
+    @property
+    def ahead_ms(self) -> float:
+        """How long before its time a sample is asked for."""
+        return self._ahead * 1_000 / SAMPLE_RATE
+
+    def fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
+        """Fill one block, shape (n,), whose first sample the device converts at `dac_ns`."""
+        pace = SAMPLE_RATE * (1 + self._correction_ppm() * PPM)
+        self._resampler.set_io_ratio(pace, self._rate)
+        while len(self._held) < len(out):
+            # What was asked for and not delivered yet sounds before this block does.
+            self._on_block(self._samples, dac_ns + round(self._ahead * NS_PER_S / pace), xrun)
+            xrun = False
+            self._ahead += len(self._samples)
+            self._held = np.concatenate((self._held, self._resampler.resample_chunk(self._samples)))
+        np.clip(self._held[: len(out)], -FULL_SCALE, FULL_SCALE, out=out)
+        self._held = self._held[len(out) :]
+        self._ahead -= len(out) * pace / self._rate
+
+
 class _PortAudioOutput(_PortAudioStream):
     """A speaker. The callback asks for as many samples as the device wants, and copies them."""
 
-    def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock) -> None:
+    def __init__(self, name: str, block: int, latency_ms: float, on_block: OnBlock, correction_ppm: Ppm) -> None:
         threads_before = threads()
         sd = _portaudio()
         chosen = _choose(sd, name, "output")
-        self._on_block = on_block
-        self._rate = chosen.rate
         self._dating = _Dating(chosen.rate)
-        self._resampler = _resampler(SAMPLE_RATE, chosen.rate)
-        self._asked = 0
-        self._delivered = 0
-        self._samples = silence(block)
-        self._held = silence(0)
+        self._edge: Vernier | _Converter
+        if chosen.rate == SAMPLE_RATE:
+            self._edge = Vernier(on_block, correction_ppm)
+        else:
+            self._edge = _Converter(chosen.rate, block, on_block, correction_ppm)
         stream = _open_stream(
             sd, sd.OutputStream, chosen, "output",
             blocksize=block * chosen.rate // SAMPLE_RATE, latency=latency_ms / 1_000, callback=self._callback,
         )  # fmt: skip
-        super().__init__(stream, "output", f"{chosen.name} at {chosen.rate} Hz", threads_before)
+        super().__init__(stream, "output", chosen, threads_before, name)
 
     @property
     def latency_ms(self) -> float:
         distance_ms = self._dating.distance_ms
-        return float(self._stream.latency) * 1_000 if distance_ms is None else max(0.0, distance_ms)
+        device_ms = float(self._stream.latency) * 1_000 if distance_ms is None else max(0.0, distance_ms)
+        return device_ms + self._edge.ahead_ms
 
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
         dac_ns = self._dating.date(count, round((at.outputBufferDacTime - at.currentTime) * NS_PER_S))
-        underflow = bool(status.output_underflow)
-        if self._resampler is None:
-            self._on_block(data[:, 0], dac_ns, underflow)
-            return
-        while len(self._held) < count:
-            # What was asked for and not delivered yet sounds before this block does.
-            ahead_ns = self._asked * NS_PER_S // SAMPLE_RATE - self._delivered * NS_PER_S // self._rate
-            self._on_block(self._samples, dac_ns + ahead_ns, underflow)
-            underflow = False
-            self._asked += len(self._samples)
-            self._held = np.concatenate((self._held, self._resampler.resample_chunk(self._samples)))
-        data[:, 0] = self._held[:count]
-        np.clip(data, -FULL_SCALE, FULL_SCALE, out=data)
-        self._held = self._held[count:]
-        self._delivered += count
+        self._edge.fill(data[:, 0], dac_ns, bool(status.output_underflow))
 
 
 def describe() -> dict[str, Any]:

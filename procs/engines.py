@@ -1,5 +1,7 @@
 """What the inference stage asks of an engine, and `echo`, the engine that returns what it was given."""
 
+import random
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import SamplerConfig
+from pipeline.config import FaultsConfig, SamplerConfig
 
 Samples = npt.NDArray[np.float32]
 
@@ -103,3 +105,49 @@ class Echoed:
 
     def result(self) -> Step:
         return Step(audio=self._frame)
+
+
+class Paced:
+    """Another engine, each step of which takes at least as long as the settings say: a model of a set speed."""
+
+    def __init__(self, engine: Engine, faults: FaultsConfig) -> None:
+        self.name = engine.name
+        self.overlaps = engine.overlaps
+        self._engine = engine
+        self._faults = faults
+        self._random = random.Random(faults.seed)  # noqa: S311  (nothing is secret)
+
+    def load(self) -> None:
+        self._engine.load()
+
+    def listen(self, frame: Samples) -> None:
+        self._engine.listen(frame)
+
+    def respond(self) -> Answer:
+        begin_s = time.monotonic()
+        due_s = begin_s + (self._faults.step_ms + self._random.uniform(0, self._faults.jitter_ms)) / 1_000
+        answer = self._engine.respond()
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        return PacedAnswer(answer, (time.monotonic() - begin_s) * 1_000)
+
+    def reset(self) -> None:
+        self._engine.reset()
+
+    def draw_by(self, sampler: SamplerConfig) -> None:
+        self._engine.draw_by(sampler)
+
+    def keep_warm(self) -> None:
+        self._engine.keep_warm()
+
+
+class PacedAnswer:
+    """Another answer, and how long its step was made to take."""
+
+    def __init__(self, answer: Answer, step_ms: float) -> None:
+        self._answer = answer
+        self._step_ms = step_ms
+
+    def result(self) -> Step:
+        step = self._answer.result()
+        step.step_ms = self._step_ms
+        return step

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import apple, checkpoints, messages, worker
 from pipeline import config as settings
-from pipeline.audio import make_fit
+from pipeline.audio import FADE, level, make_fit
 from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno
@@ -28,7 +28,7 @@ from pipeline.ring import Consumer, Ring, RingReader, RingWriter
 from pipeline.timing import now_ns, promote_thread
 from pipeline.topology import FRAME
 from pipeline.worker import Context
-from procs.engines import Answer, Echo, Engine, Step
+from procs.engines import Answer, Echo, Engine, Paced, Step
 
 AHEAD: Final = 2
 """Frames that an engine which overlaps is given at a time: the one whose turn it is, and the next, if it is there."""
@@ -186,6 +186,8 @@ class Inference:
         apple.raise_thread()
         config = self._context.config
         self.detail = "echo" if config.engine == "echo" else self._open_moshi(config)
+        if config.faults.step_ms or config.faults.jitter_ms:
+            self._engine = Paced(self._engine, config.faults)
         if self._engine.overlaps:
             self._answers.start_thread()
 
@@ -254,9 +256,20 @@ class Inference:
             return
         if backlog <= bounds.backlog_limit:
             return
-        dropped = backlog - bounds.backlog_target
+        # Where those begin that are kept: at the quietest place, on a par the earliest.
+        dropped = min(
+            range(backlog - bounds.backlog_target, backlog),
+            key=lambda count: self._level_around(reader.position + count * FRAME),
+        )
         self._drop(dropped * FRAME)
         self._context.report(XrunRecord(stage="inference", kind="dropped", count=dropped, time_ns=now_ns()))
+
+    def _level_around(self, position: int) -> float:
+        """Of the 10 ms before a position, and of those after it."""
+        around = np.zeros(2 * FADE, np.float32)
+        RingReader(self._capture, position - FADE).read(around)
+        mean, _ = level(around)
+        return mean
 
     def _drop(self, count: int) -> None:
         """Pass over samples that are not read."""

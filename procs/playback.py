@@ -1,7 +1,9 @@
 """The playback stage: the playback ring to the speaker, gaps concealed, and a record of all that was sent."""
 
-import sys
+import heapq
+import threading
 import time
+from collections import deque
 
 import numpy as np
 
@@ -9,50 +11,64 @@ from pipeline import accounting, messages, worker
 from pipeline import config as settings
 from pipeline.audio import FADE, Samples, falling, level, rising
 from pipeline.control import HasFileno
-from pipeline.errors import DeviceError, DeviceLostError
+from pipeline.drift import Drift
+from pipeline.errors import DeviceError
 from pipeline.messages import AnyCommand, Finished, Output, Set, TimingRecord, XrunRecord, dbfs
-from pipeline.ring import Consumer, Ring, RingReader, RingWriter
+from pipeline.ring import Consumer, Mark, Ring, RingReader, RingWriter
+from pipeline.stretch import ALIKE, LEAST, OVERLAP, find_joint, warm_up
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
 from pipeline.worker import Context
 from procs import devices
+from procs.recovery import Held
 
 _FADE_OUT_S = 0.2
 """How long the fade out, and then the device's own latency, may hold up the end."""
 
-_RECENT = 12
-"""Frames, about a second, after which it is looked whether all of them waited for longer than the prebuffer asks."""
+_JITTER_FRAMES = 300
+"""Frames, 24 s, whose jitter the prebuffer follows."""
 
-_LASTING = 150
-"""Frames, 12 s, after which it is looked whether all of them waited for longer than the first prebuffer asked."""
+_ACCIDENTS = 1
+"""Of them that may come later than the prebuffer allows for: one alone is no jitter."""
 
-_LASTING_MOST = 2 * _LASTING
-"""The same, after one gap upon another: what disturbs so often is not to be tempted so soon."""
+_STEADY = 3
+"""Frames that must all have waited too long before it counts: one callback that was late does not."""
 
-_WORTH_NS = 2 * NS_PER_MS
-"""What a frame may wait for longer than it has to: less is not worth a cut."""
+_CALM = 12
+"""Frames, about a second, without surplus, after which the latency is what it was."""
+
+_CONCESSION = 0.1
+"""How much less alike two stretches need be after each frame in which there were none to shorten it by."""
 
 
-class _Least:
-    """The smallest of every so many durations."""
+class Jitter:
+    """How much later than the earliest other frames come, over the last 24 s: what a prebuffer is there for.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._seen = 0
-        self._least_ns = sys.maxsize
+    A frame that is less late than the one before it was held up behind that, and one that is over a frame late was
+    stalled, which no prebuffer makes up for: neither counts.
+    """
 
-    def add(self, duration_ns: int) -> int | None:
-        """The smallest of the last `count`, when there are so many; then it begins anew."""
-        self._seen += 1
-        self._least_ns = min(self._least_ns, duration_ns)
-        if self._seen < self.count:
-            return None
-        least_ns = self._least_ns
-        self.clear()
-        return least_ns
+    def __init__(self) -> None:
+        self._delays_ns: deque[int] = deque(maxlen=_JITTER_FRAMES)
+        self._late_ns: deque[int] = deque(maxlen=_JITTER_FRAMES)
+        self._before_ns = 0
 
-    def clear(self) -> None:
-        self._seen, self._least_ns = 0, sys.maxsize
+    def late_ns(self, mark: Mark) -> int:
+        """How much longer than the earliest this frame took from the microphone until it was complete."""
+        delay_ns = mark.end_ns - mark.captured_ns
+        return max(0, delay_ns - min(self._delays_ns, default=delay_ns))
+
+    def add(self, mark: Mark) -> None:
+        """Take in the frame that is played next."""
+        late_ns = self.late_ns(mark)
+        self._delays_ns.append(mark.end_ns - mark.captured_ns)
+        self._late_ns.append(late_ns if self._before_ns <= late_ns <= FRAME_NS else 0)
+        self._before_ns = late_ns
+
+    @property
+    def spread_ns(self) -> int:
+        """What all frames but _ACCIDENTS of them were late by at most."""
+        return heapq.nlargest(_ACCIDENTS + 1, self._late_ns)[-1]
 
 
 def _reconcile(playback: Ring, heard: Ring) -> None:
@@ -66,6 +82,7 @@ class Player:
 
     While frames are in time it copies. When none is there it fades out, on the last samples played backwards, and
     goes on with silence; the next frame fades in. `heard` gets every block as it is sent, concealment included.
+    What a gap added to the latency is taken back by playing faster, at the same pitch, until it is as before.
     `fill` allocates nothing that lasts, takes no lock and never waits.
     """
 
@@ -75,7 +92,10 @@ class Player:
         _reconcile(playback, heard)
         self._heard = RingWriter(heard)
         self.prebuffer_ns = prebuffer_ns
-        """How long a frame waits, after silence, before its first sample is sent."""
+        """How long a frame that came early waits, after silence, before its first sample is sent.
+
+        At least what it began with and at most a frame; between them it follows the jitter.
+        """
         self.queue_frames = queue_frames
         """More frames than these waiting are skipped."""
         self.volume = 1.0
@@ -93,8 +113,18 @@ class Player:
         self._risen = FADE
         self._initial_prebuffer_ns = prebuffer_ns
         self._block_ns = 0
-        self._recent_waits = _Least(_RECENT)
-        self._lasting_waits = _Least(_LASTING)
+        self._jitter = Jitter()
+        self._waits_ns: deque[int] = deque(maxlen=_STEADY)
+        self._calm = 0
+        self._ahead = RingReader(playback)
+        self._frame = devices.silence(FRAME)
+        self._joint = -OVERLAP
+        self._lag = 0
+        self._misses = 0
+        self._out_of = falling(OVERLAP)
+        self._into = rising(OVERLAP)
+        self._entering = devices.silence(OVERLAP)
+        warm_up()  # in the device's callback it would be late
         self.last_sound_ns = 0
         """When the last sample of the model's that was sent so far reaches the speaker."""
 
@@ -114,11 +144,11 @@ class Player:
 
     def stay(self) -> None:
         """Take frames again, after `leave`; the first fades in."""
-        self._disturbed = True
+        self._disturb()
         self._leaving = False
 
     def begin_with(self, prebuffer_ns: int) -> None:
-        """Let frames wait for so long after silence, until gaps say otherwise."""
+        """Let frames wait for so long after silence, or longer where the jitter asks for it."""
         self.prebuffer_ns = self._initial_prebuffer_ns = prebuffer_ns
 
     def fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
@@ -129,7 +159,7 @@ class Player:
         self._block_ns = len(out) * NS_PER_S // SAMPLE_RATE
         if xrun:
             heard.count("xruns")
-            self._disturbed = True
+            self._disturb()
         played = self._play(out, dac_ns)
         self._remember(out[:played])
         if played < len(out):
@@ -158,11 +188,10 @@ class Player:
         while filled < count:
             if source.position % FRAME == 0 and source.available >= FRAME:
                 self._begin_frame(filled, dac_ns)
-            part = out[filled : filled + FRAME - source.position % FRAME]
-            got = source.read(part)
+            got = self._read(out[filled : filled + self._uniform()])
             if got == 0:
                 break
-            self._blend(part[:got])
+            self._blend(out[filled : filled + got])
             self._sounding = True
             filled += got
         if filled:
@@ -170,18 +199,45 @@ class Player:
         return filled
 
     def _may_begin(self) -> bool:
-        """After silence: whether a frame is there that has waited for as long as the next ones may be late."""
+        """After silence: whether a frame is there that is as late as any of the next ones may be."""
         source = self._source
         if source.available < FRAME - source.position % FRAME:
             return False
         oldest = self._ring.mark(source.position // FRAME)
-        if oldest is not None and now_ns() - oldest.end_ns < self.prebuffer_ns and source.available < 2 * FRAME:
-            return False
+        if oldest is not None and source.available < 2 * FRAME:
+            late_ns = now_ns() - oldest.end_ns + self._jitter.late_ns(oldest)
+            if late_ns < self.prebuffer_ns:
+                return False
         self._playing = True
         self._sounding = False
         if self._disturbed:
             self._risen = 0
         return True
+
+    def _uniform(self) -> int:
+        """How many samples come before the next frame begins, or a joint begins or ends."""
+        position = self._source.position
+        left = FRAME - position % FRAME
+        into = position - self._joint
+        if into >= OVERLAP:
+            return left
+        return min(left, -into if into < 0 else OVERLAP - into)
+
+    def _read(self, part: Samples) -> int:
+        source = self._source
+        into = source.position - self._joint
+        got = source.read(part)
+        if 0 <= into < OVERLAP:
+            self._cross(part[:got], into)
+        return got
+
+    def _cross(self, part: Samples, into: int) -> None:
+        """Fade, from the sample `into` of a joint on, into what is `_lag` samples ahead; at its end go on there."""
+        stop = into + len(part)
+        part *= self._out_of[into:stop]
+        part += self._entering[into:stop]
+        if stop == OVERLAP:
+            self._source.skip(self._lag)
 
     def _begin_frame(self, filled: int, dac_ns: int) -> None:
         source = self._source
@@ -191,36 +247,58 @@ class Player:
         mark = self._ring.mark(source.position // FRAME)
         if mark is None:
             return
-        if surplus := self._surplus(now_ns() - mark.end_ns):
-            self._skip(surplus)
-        into_ns = source.position % FRAME * NS_PER_S // SAMPLE_RATE
+        self._jitter.add(mark)
+        self.prebuffer_ns = max(self._initial_prebuffer_ns, min(FRAME_NS, self._jitter.spread_ns))
+        self._waits_ns.append(now_ns() - mark.end_ns)
+        if self._disturbed:
+            self._recover()
         self._heard.mark(
             position=self._heard.position + filled,
             frame=mark.frame,
-            captured_ns=mark.captured_ns + into_ns,
+            captured_ns=mark.captured_ns,
             start_ns=dac_ns + filled * NS_PER_S // SAMPLE_RATE,
             end_ns=mark.end_ns,
         )
 
-    def _surplus(self, waited_ns: int) -> int:
-        """Samples by which the frames of late all waited for longer than they have to.
+    def _disturb(self) -> None:
+        """What comes from now on may wait for longer than it has to."""
+        self._disturbed = True
+        self._waits_ns.clear()
+        self._calm = 0
 
-        A gap makes every later frame wait for as long as it was, and the prebuffer grow. The first is taken back after
-        a second, the second after a while in which no frame came close to being late. Without a gap or an
-        underrun of the device before it there is none: nothing is cut from a healthy stream.
+    def _recover(self) -> None:
+        """Shorten the frame that begins, if frames wait for longer than they have to.
+
+        Only after a gap or an underrun of the device, until their surplus is gone: a healthy stream is left alone.
         """
-        recent_ns, lasting_ns = self._recent_waits.add(waited_ns), self._lasting_waits.add(waited_ns)
-        if not self._disturbed:
-            return 0
-        least_ns = [ns for ns in (recent_ns, lasting_ns) if ns is not None]
-        if lasting_ns is not None:
-            if lasting_ns >= self.prebuffer_ns // 2:
-                self.prebuffer_ns = max(self._initial_prebuffer_ns, self.prebuffer_ns // 2)
-            self._lasting_waits.count = _LASTING
-            self._disturbed = self.prebuffer_ns > self._initial_prebuffer_ns
+        if len(self._waits_ns) < _STEADY:
+            return
         # A frame waits for the prebuffer, and then for a block: half of one when nothing is known of the two.
-        surplus_ns = max(least_ns, default=0) - self.prebuffer_ns - self._block_ns // 2
-        return min(FRAME - FADE, surplus_ns * SAMPLE_RATE // NS_PER_S) if surplus_ns > _WORTH_NS else 0
+        surplus_ns = min(self._waits_ns) - self.prebuffer_ns - self._block_ns // 2
+        surplus = surplus_ns * SAMPLE_RATE // NS_PER_S
+        if surplus >= LEAST:
+            self._shorten(surplus)
+            return
+        self._misses = 0
+        self._calm += 1
+        self._disturbed = self._calm < _CALM or self.prebuffer_ns > self._initial_prebuffer_ns
+
+    def _shorten(self, most: int) -> None:
+        """Take samples out of the frame that begins, `most` at most, where it is heard least."""
+        self._calm = 0
+        position = self._ahead.position = self._source.position
+        if position % FRAME or self._ahead.read(self._frame) < FRAME:
+            return  # the writer has come round
+        joint = find_joint(self._frame, most, ALIKE - self._misses * _CONCESSION)
+        if joint is None:
+            self._misses += 1
+            return
+        self._joint, self._lag = position + joint.at, joint.lag
+        entering = self._frame[joint.at + joint.lag :][:OVERLAP]
+        np.multiply(entering, self._into, out=self._entering)
+        shorter_ns = joint.lag * NS_PER_S // SAMPLE_RATE
+        for index in range(_STEADY):
+            self._waits_ns[index] -= shorter_ns
 
     def _skip(self, count: int) -> None:
         """Pass over the next `count` samples, fading from the first of them into what follows."""
@@ -237,16 +315,12 @@ class Player:
             self._faded = 0
         source.skip(max(0, goal - source.position))
         self._risen = 0
+        self._waits_ns.clear()
 
     def _begin_gap(self) -> None:
         if not (self._leaving or self._source.ended or self._ring.paused):
             self._heard.count("gaps")
-            # What was late once will be again: wait longer next time, a frame at most.
-            self.prebuffer_ns = min(FRAME_NS, max(NS_PER_MS, 2 * self.prebuffer_ns))
-        self._recent_waits.clear()
-        self._lasting_waits.clear()
-        self._lasting_waits.count = _LASTING_MOST if self._disturbed else _LASTING
-        self._disturbed = True
+        self._disturb()
         # Backwards from the last sample but one: no step is larger than one that was just played.
         np.multiply(self._recent[-2::-1], self._fall, out=self._fading)
         self._faded = 0
@@ -283,17 +357,15 @@ class Playback:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._capture = context.rings["capture"]
         self._playback = context.rings["playback"]
         self._heard = context.rings["heard"]
+        self._drift = Drift()
         config = context.config
-        self._player = Player(
-            self._playback,
-            self._heard,
-            prebuffer_ns=round(settings.prebuffer_ms(config) * NS_PER_MS),
-            queue_frames=config.playback.queue_frames,
-        )
-        self._player.volume = config.playback.volume
-        self._device: devices.Device = devices.Unopened()
+        self._prebuffer_ns = round(settings.prebuffer_ms(config) * NS_PER_MS)
+        self._player = self._new_player(config.playback.queue_frames, config.playback.volume)
+        self._settings = threading.Lock()
+        self._held = Held(context, "output", self._open_present, self._begin_anew, self._fade_out)
         self._spec = config.playback.output
         self._frame = devices.silence(FRAME)
         self._running = False
@@ -302,12 +374,38 @@ class Playback:
         ledger = self._heard.ledger()
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
 
+    def _new_player(self, queue_frames: int, volume: float) -> Player:
+        player = Player(self._playback, self._heard, self._prebuffer_ns, queue_frames)
+        player.volume = volume
+        return player
+
     @property
     def detail(self) -> str:
-        return self._device.detail
+        return self._held.detail
 
     def open(self) -> None:
-        self._device = self._open(self._spec, resume=self._heard.position > 0)
+        self._held.open(self._spec, wait=self._heard.position > 0)
+
+    def _open_present(self) -> devices.Device:
+        device = self._open(self._spec, resume=self._heard.position > 0)
+        self._spec = devices.by_name(self._spec, device)
+        return device
+
+    def _begin_anew(self) -> None:
+        """Go on, as a successor would, where a device was lost: from silence, with the newest frames if many wait."""
+        with self._settings:
+            player = self._player
+            self._pass_over(player.queue_frames)
+            self._player = self._new_player(player.queue_frames, player.volume)
+            self._next_mark = self._heard.mark_count
+
+    def _pass_over(self, queue_frames: int) -> None:
+        source = Consumer(self._playback)
+        if source.available > queue_frames * FRAME:
+            source.skip((self._playback.position // FRAME - 2) * FRAME - source.position)
+
+    def _fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
+        self._player.fill(out, dac_ns, xrun)
 
     def _open(self, spec: str, *, resume: bool) -> devices.Device:
         config = self._context.config.playback
@@ -316,23 +414,27 @@ class Playback:
             block=worker.samples_of(config.block_ms),
             latency_ms=config.latency_ms,
             resume=resume,
-            on_block=self._player.fill,
+            on_block=self._fill,
+            correction_ppm=lambda: self._drift.correction_ppm,
+            skew_ppm=self._context.config.faults.output_ppm,
         )
 
     def start(self) -> None:
-        self._device.start()
+        self._held.start()
         self._running = True
 
     def device_latency_ms(self) -> float:
-        return self._device.latency_ms
+        return self._held.device.latency_ms
 
     def wakes(self) -> HasFileno | None:
         return None
 
     def work(self) -> bool:
         """Report the frames sent since the last look, and the end."""
-        if failure := self._device.failure():
+        if failure := self._held.failure():
             raise failure
+        self._drift.see(self._capture.anchor, self._heard.anchor)
+        self._heard.drift_ppm = self._drift.ppm
         report, now = self._context.report, now_ns()
         queued = self._playback.ledger().waiting // FRAME
         while (mark := self._heard.mark(self._next_mark)) is not None:
@@ -382,47 +484,44 @@ class Playback:
         return accounting.next_frame("playback", **self._context.rings)
 
     def _set(self, command: Set) -> None:
-        player, values = self._player, messages.given(command)
-        player.volume = values.get("volume", player.volume)
-        player.queue_frames = values.get("queue_frames", player.queue_frames)
-        if "prebuffer_ms" in values:
-            self._context.config.playback.prebuffer_ms = values["prebuffer_ms"]
-            player.begin_with(round(settings.prebuffer_ms(self._context.config) * NS_PER_MS))
+        values = messages.given(command)
+        with self._settings:
+            player = self._player
+            player.volume = values.get("volume", player.volume)
+            player.queue_frames = values.get("queue_frames", player.queue_frames)
+            if "prebuffer_ms" in values:
+                self._context.config.playback.prebuffer_ms = values["prebuffer_ms"]
+                self._prebuffer_ns = round(settings.prebuffer_ms(self._context.config) * NS_PER_MS)
+                player.begin_with(self._prebuffer_ns)
 
     def _switch(self, spec: str) -> None:
         """Take another output; where it cannot be opened or started, the present one stays or is opened again."""
-        device = self._open(spec, resume=False)
+        held = self._held
+        device = held.open_other(spec, lambda: self._open(spec, resume=False))
         self._fade_out()
-        self._device.stop()
+        held.let_go()
         try:
             device.start()
         except DeviceError as error:
             device.stop()
-            self._take_back(error)
-            raise DeviceError(str(error)) from None
+            held.take_back(error)
         finally:
             self._player.stay()
-        self._device, self._spec = device, spec
-
-    def _take_back(self, why: DeviceError) -> None:
-        try:
-            self._device = self._open(self._spec, resume=True)
-            self._device.start()
-        except DeviceError as error:
-            raise DeviceLostError(f"{why}; and then {error}") from None
+        held.take(device)
+        self._spec = devices.by_name(spec, device)
 
     def _fade_out(self) -> None:
-        if self._running and self._device.failure() is None:
+        if self._running and self._held.works:
             self._player.leave()
             until = time.monotonic() + _FADE_OUT_S
             while not self._player.silent and time.monotonic() < until:
                 time.sleep(0.005)
-            time.sleep(min(_FADE_OUT_S, self._device.latency_ms / 1_000))
+            time.sleep(min(_FADE_OUT_S, self._held.device.latency_ms / 1_000))
 
     def stop(self) -> None:
         """Fade out, then let go of the device."""
         self._fade_out()
-        self._device.stop()
+        self._held.close()
 
 
 class Copier:

@@ -11,6 +11,7 @@ them down side by side, so that the delay between the two is known to the sample
 import ctypes.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -61,9 +62,10 @@ ALSA_PLUGINS: Final = ("lib/*/alsa-lib", "lib/alsa-lib", "lib64/alsa-lib")
 """Where below /usr distributions keep them."""
 
 # norewinds=1: otherwise a stream's first callback can be up to 1.7 s late.
-TWO_CARDS: Final = """\
-load-module module-null-sink sink_name=mic format=float32le rate={rate} channels=1 norewinds=1
-load-module module-null-sink sink_name=spk format=float32le rate={rate} channels=1 norewinds=1
+CARD: Final = "module-null-sink sink_name={name} format=float32le rate={rate} channels=1 norewinds=1"
+TWO_CARDS: Final = f"""\
+load-module {CARD.replace("{name}", "mic")}
+load-module {CARD.replace("{name}", "spk")}
 set-default-sink spk
 set-default-source mic.monitor
 """
@@ -80,9 +82,11 @@ set-default-sink spk
 set-default-source mic.monitor
 """
 # handle_underrun: a gap in playback is reported to PortAudio as an output underflow.
-ALSA_DEVICES: Final = """\
+ALSA_MICROPHONE: Final = """\
 pcm.{microphone} {{ type asym capture.pcm {{ type pulse server "{server}" device mic.monitor }} }}
-pcm.{speaker} {{ type asym playback.pcm {{ type pulse server "{server}" device spk handle_underrun 1 }} }}
+"""
+ALSA_SPEAKER: Final = """\
+pcm.{speaker} {{ type asym playback.pcm {{ type pulse server "{server}" device {card} handle_underrun 1 }} }}
 """
 
 
@@ -201,7 +205,8 @@ class SoundServer:
             + (ONE_CARD if cable else TWO_CARDS).format(rate=rate)
         )
         (self.folder / "asound.conf").write_text(
-            ALSA_DEVICES.format(microphone=MICROPHONE, speaker=SPEAKER, server=server)
+            ALSA_MICROPHONE.format(microphone=MICROPHONE, server=server)
+            + ALSA_SPEAKER.format(speaker=SPEAKER, server=server, card="spk")
         )
 
     def __enter__(self) -> Self:
@@ -243,6 +248,40 @@ class SoundServer:
         self.stop()
         self.start()
 
+    def kill(self) -> None:
+        """End the server by SIGKILL; its clients' streams break off."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._wait()
+
+    def hang(self) -> None:
+        """Stop the server's process, as a debugger does; `go_on` lets it run again."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let the server run again after `hang`."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def plug(self, *cards: str) -> None:
+        """Add sound cards, each a sink of that name and its monitor; `mic` and `spk` as they were at the start."""
+        for card in cards:
+            self._control("load-module", *CARD.format(name=card, rate=self.rate).split())
+
+    def unplug(self, *cards: str) -> None:
+        """Take sound cards away; streams that find no other break off."""
+        for card in cards:
+            for line in self._control("list", "short", "modules").splitlines():
+                if f"sink_name={card}" in line.split():
+                    self._control("unload-module", line.split()[0])
+
+    def list_speaker(self, card: str) -> None:
+        """Have PortAudio list a card that was plugged in, under its own name, from when it looks for devices next."""
+        with (self.folder / "asound.conf").open("a") as config:
+            config.write(ALSA_SPEAKER.format(speaker=card, server=self.env["PULSE_SERVER"], card=card))
+
+    def make_default(self, card: str) -> None:
+        """Make a card's sink the default one."""
+        self._control("set-default-sink", card)
+
     def close(self) -> None:
         """End every feeder and recorder and the server, and remove the folder. Safe to call twice."""
         for client in self._clients:
@@ -255,9 +294,9 @@ class SoundServer:
         """Begin to play a sound file into the microphone, which is silent otherwise; it ends by itself."""
         return self._client(["paplay", "--device=mic", f"--latency-msec={FEED_LATENCY_MS}", str(path)])
 
-    def record(self, path: Path) -> Recording:
-        """Record what comes out of the speaker into a mono float32 WAV file."""
-        return self._record("spk.monitor", 1, path)
+    def record(self, path: Path, card: str = "spk") -> Recording:
+        """Record what comes out of the speaker, or another card, into a mono float32 WAV file."""
+        return self._record(f"{card}.monitor", 1, path)
 
     def record_both(self, path: Path) -> Recording:
         """Record both devices of a cable into one stereo float32 WAV file.
@@ -282,6 +321,24 @@ class SoundServer:
             str(path),
         ]
         return Recording(self._client(command), path)
+
+    def _wait(self) -> None:
+        if self._server is not None:
+            self._server.wait()
+            self._server = None
+
+    def _control(self, *arguments: str) -> str:
+        done = subprocess.run(
+            ["pactl", *arguments],
+            env=self._own_env,
+            capture_output=True,
+            text=True,
+            timeout=STOP_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise SoundServerError(f"pactl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
 
     def _client(self, command: list[str]) -> subprocess.Popen[bytes]:
         client = self._spawn(command)

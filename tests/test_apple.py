@@ -7,13 +7,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
 
 from pipeline import apple
-from pipeline.apple import KeepWarm, MicrophoneWatch
+from pipeline.apple import DefaultWatch, KeepWarm, MicrophoneWatch
 from pipeline.audio import Samples
 from pipeline.config import CaptureConfig, Config
 from pipeline.control import Hub
@@ -267,3 +267,55 @@ def test_on_linux_threads_are_promoted_as_they_were(monkeypatch: pytest.MonkeyPa
     assert promote_thread() is True
     assert promote_thread(7) is True
     assert asked == [0, 7]
+
+
+# Default devices
+
+
+class CoreAudio:
+    """What CoreAudio answers to a question for a default device."""
+
+    def __init__(self) -> None:
+        self.default = {b"dIn ": 40, b"dOut": 50}
+        self.asked: list[bytes] = []
+        self.fails = False
+
+    def AudioObjectGetPropertyData(self, system: int, *pointers: Any) -> int:  # noqa: N802
+        address, qualifiers, qualifier, size, device = (getattr(one, "_obj", one) for one in pointers)
+        assert (system, qualifiers, qualifier, size.value) == (1, 0, None, 4)
+        assert (address.scope.to_bytes(4), address.element) == (b"glob", 0)
+        self.asked.append(address.selector.to_bytes(4))
+        device.value = self.default[address.selector.to_bytes(4)]
+        return int(self.fails)
+
+
+@pytest.fixture
+def core_audio(mac: System, monkeypatch: pytest.MonkeyPatch) -> CoreAudio:
+    mac()
+    library = CoreAudio()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    return library
+
+
+@pytest.mark.parametrize(("kind", "selector"), [("input", b"dIn "), ("output", b"dOut")])
+def test_a_new_default_device_is_noticed_within_a_second(core_audio: CoreAudio, kind: str, selector: bytes) -> None:
+    watch = DefaultWatch(kind)
+    assert not watch.has_changed(0)
+    core_audio.default[selector] += 1
+    assert not watch.has_changed(NS_PER_S - 1)
+    assert core_audio.asked == [selector] * 2  # once a second, and when it was made
+    assert watch.has_changed(NS_PER_S)
+
+
+def test_that_there_is_no_default_for_a_while_is_no_new_one(core_audio: CoreAudio) -> None:
+    watch = DefaultWatch("output")
+    core_audio.default[b"dOut"] = 0
+    assert not watch.has_changed(0)
+    core_audio.fails = True
+    core_audio.default[b"dOut"] = 7
+    assert not watch.has_changed(NS_PER_S)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_elsewhere_no_default_is_asked_for() -> None:
+    assert not DefaultWatch("output").has_changed(0)

@@ -10,20 +10,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.audio import Samples
+from pipeline.audio import FADE, Samples
 from pipeline.config import Config
 from pipeline.control import Hub
 from pipeline.errors import DeviceError, DeviceLostError
-from pipeline.messages import Finished, LogRecord, Mute, TimingRecord, Unmute, XrunRecord
+from pipeline.messages import Finished, Input, LogRecord, Mute, TimingRecord, Unmute, XrunRecord
 from pipeline.ring import Anchor, Consumer, Mark, Ring, RingReader
 from pipeline.runtime import RunFolder
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME, FRAME_NS, SAMPLE_RATE
 from pipeline.worker import Context
+from procs import devices
 from procs.capture import Capture
-from procs.devices import Unopened
+from procs.devices import OnBlock, Unopened
 from tests import helpers
-from tests.helpers import received, speech_like, wait_until
+from tests.helpers import largest_step, received, speech_like, tone, wait_until
 from tests.runs import noise, write_wav
 
 folder = helpers.folder
@@ -342,7 +343,7 @@ def test_a_file_that_turns_out_to_be_damaged_is_an_error_and_ends_the_stream(sta
     context, hub = stage
     capture = Capture(context)
     Microphone(capture).give(speech_like(1)[:100])
-    device = capture._device = Failing(DeviceError("input file x.flac: it is damaged"))
+    device = capture._held.device = Failing(DeviceError("input file x.flac: it is damaged"))
     capture.work()
     capture.work()
     log, timing, finished = received(hub, 3)
@@ -355,13 +356,128 @@ def test_a_file_that_turns_out_to_be_damaged_is_an_error_and_ends_the_stream(sta
     assert list(hub.reports()) == []  # said once
 
 
-def test_a_device_that_is_lost_is_not_the_end_of_the_stream(stage: tuple[Context, Hub]) -> None:
+class Desk(Unopened):
+    """A microphone that is at hand."""
+
+    def __init__(self, on_block: OnBlock) -> None:
+        self.detail = "desk"
+        self.on_block = on_block
+        self.why: DeviceError | None = None
+
+    def failure(self) -> DeviceError | None:
+        return self.why
+
+
+class Desks:
+    """Where microphones are opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[Desk] = []
+        self.there = True
+
+    def open(self, spec: str, *, on_block: OnBlock, **_: object) -> Desk:
+        if not self.there:
+            raise DeviceError(f"input {spec}: not found")
+        self.opened.append(Desk(on_block))
+        return self.opened[-1]
+
+    def lose(self, capture: Capture) -> None:
+        self.there = False
+        self.opened[-1].why = DeviceLostError("input desk: the device has stopped")
+        capture.work()
+
+    def give_back(self, capture: Capture) -> None:
+        before = len(self.opened)
+        self.there = True
+
+        def back() -> bool:
+            capture.work()
+            return len(self.opened) > before and capture.detail == "desk"
+
+        wait_until(back, "the microphone to be back")
+
+
+@pytest.fixture
+def desks(stage: tuple[Context, Hub], monkeypatch: pytest.MonkeyPatch) -> Desks:
+    desks = Desks()
+    monkeypatch.setattr(devices, "open_input", desks.open)
+    return desks
+
+
+def test_a_microphone_that_is_lost_goes_on_in_its_frame_with_no_click(stage: tuple[Context, Hub], desks: Desks) -> None:
+    """What it did not hear is not made up; what it hears then fades in over the last of what it had heard."""
+    context, hub = stage
+    ring = context.rings["capture"]
+    capture = Capture(context)
+    capture.open()
+    capture.start()
+    before, after = tone(1)[:1_000], tone(2, hz=700.0, phase=1.0)
+    desks.opened[0].on_block(before.copy(), BEGAN_NS, False)
+    desks.lose(capture)
+    assert capture.detail == "desk lost: waiting for it"
+    assert capture.apply(Mute()) == 2  # as if a block were under way
+    assert capture.apply(Unmute()) == 2
+    capture.work()
+    assert ring.position == 1_000
+    desks.give_back(capture)
+    for start in range(0, len(after), 120):
+        desks.opened[1].on_block(after[start : start + 120].copy(), BEGAN_NS + NS_PER_S, False)
+    heard = content(ring)
+    np.testing.assert_array_equal(heard[:1_000], before)
+    np.testing.assert_array_equal(heard[1_000 + FADE :], after[FADE:])
+    assert largest_step(heard) <= max(largest_step(before), largest_step(after)) * 1.2
+    # The frame is dated by what came last, as a successor's is.
+    assert abs(marks(ring)[0].captured_ns - (BEGAN_NS + NS_PER_S - 1_000 * NS_PER_S // SAMPLE_RATE)) <= 1
+    assert ring.end is None
+    assert [r.level for r in received(hub, 2) if isinstance(r, LogRecord)] == ["warning", "info"]
+    capture.stop()
+
+
+def test_muted_nothing_of_what_was_heard_before_is_heard_again(stage: tuple[Context, Hub], desks: Desks) -> None:
+    capture = Capture(stage[0])
+    capture.open()
+    capture.start()
+    desks.opened[0].on_block(tone(1), BEGAN_NS, False)
+    desks.lose(capture)
+    capture.apply(Mute())
+    desks.give_back(capture)
+    desks.opened[1].on_block(tone(1), BEGAN_NS, False)
+    assert not content(stage[0].rings["capture"])[FRAME:].any()
+    capture.stop()
+
+
+def test_another_input_is_taken_while_the_microphone_is_away(stage: tuple[Context, Hub], desks: Desks) -> None:
     context, _ = stage
     capture = Capture(context)
-    capture._device = Failing(DeviceLostError("input mic: the device has stopped"))
-    with pytest.raises(DeviceLostError, match="input mic: the device has stopped"):
-        capture.work()
-    assert context.rings["capture"].end is None
+    capture.open()
+    capture.start()
+    desks.lose(capture)
+    with pytest.raises(DeviceError, match="input tone:1: not found"):
+        capture.apply(Input(spec="tone:1"))
+    capture.work()
+    assert capture.detail.endswith("lost: waiting for it")
+    desks.there = True
+    capture.apply(Input(spec="tone:440"))
+    capture.work()
+    assert capture.detail == "desk"
+    desks.opened[-1].on_block(np.zeros(FRAME, np.float32), BEGAN_NS, False)
+    assert context.rings["capture"].mark_count == 1
+    capture.stop()
+
+
+def test_the_stream_can_be_ended_while_the_microphone_is_away(stage: tuple[Context, Hub], desks: Desks) -> None:
+    context, _ = stage
+    capture = Capture(context)
+    capture.open()
+    capture.start()
+    desks.opened[0].on_block(np.zeros(100, np.float32), BEGAN_NS, False)
+    desks.lose(capture)
+    capture.finish()
+    desks.there = True
+    capture.work()
+    capture.stop()
+    assert context.rings["capture"].end == FRAME
+    assert len(desks.opened) == 1
 
 
 @pytest.mark.parametrize("spec", ["", "nothing", "file:", "silence:1", "tone:", "tone:x", "tone:-1", "tone:12000"])

@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.config import CaptureConfig, Config, InferenceConfig, PlaybackConfig, SamplerConfig
 from pipeline.errors import ConfigError
 
-TOP = "engine, quality, model, seconds, ring_seconds, offline, capture, inference, playback, sampler, remote"
+TOP = "engine, quality, model, seconds, ring_seconds, offline, capture, inference, playback, sampler, remote, faults"
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "seed": None,
         },
         "remote": {"listen": None},
+        "faults": {"step_ms": 0.0, "jitter_ms": 0.0, "seed": 0, "hang": None, "input_ppm": 0.0, "output_ppm": 0.0},
     }
     assert msgspec.to_builtins(config.load(None, {})) == expected
 

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import pytest
 
+from pipeline.audio import FADE
 from pipeline.bell import Bell
 from pipeline.config import Config, InferenceConfig, SamplerConfig
 from pipeline.control import Hub
@@ -150,11 +151,17 @@ class Rig:
                 stage._answers._unsaid.put(None)
                 thread.join(PATIENCE_S)
 
-    def capture_frames(self, count: int) -> None:
+    def capture_frames(self, count: int, quiet: int | None = None) -> None:
+        """Frames of which every sample tells their number, but for a silence where the frame `quiet` begins."""
         for _ in range(count):
             number = self.microphone.position // FRAME
             self.microphone.mark(number * FRAME, number, captured_ns=number, start_ns=number, end_ns=now_ns())
-            self.microphone.write(frame_of(number))
+            frame = frame_of(number)
+            if number + 1 == quiet:
+                frame[-FADE:] = 0
+            if number == quiet:
+                frame[1:FADE] = 0
+            self.microphone.write(frame)
 
     def work(self, times: int = 1) -> None:
         for _ in range(times):
@@ -512,6 +519,19 @@ class TestBacklog:
         dropped = received(rig.hub, 1)[0]
         assert isinstance(dropped, XrunRecord)
         assert (dropped.stage, dropped.kind, dropped.count) == ("inference", "dropped", 6)
+
+    @pytest.mark.parametrize("kept", range(1, TARGET + 1))
+    def test_what_is_kept_begins_at_the_quietest_place(self, rig: Rig, kept: int) -> None:
+        """Of the beginnings of frames that leave as many as the target, or fewer."""
+        rig.capture_frames(LIMIT + 1, quiet=LIMIT + 1 - kept)
+        rig.work_until(kept)
+        assert rig.engine.listened == list(range(LIMIT + 1 - kept, LIMIT + 1))
+        assert rig.counts() == (kept, LIMIT + 1 - kept, 0)
+
+    def test_a_quiet_place_further_back_is_no_reason_to_keep_more(self, rig: Rig) -> None:
+        rig.capture_frames(LIMIT + 1, quiet=LIMIT - TARGET)
+        rig.work_until(TARGET)
+        assert rig.counts() == (TARGET, LIMIT + 1 - TARGET, 0)
 
     def test_what_is_being_answered_is_not_dropped(self, rig: Rig) -> None:
         rig.engine.hold = True

@@ -31,6 +31,7 @@ from pipeline.messages import (
     Mute,
     Order,
     Output,
+    OverloadRecord,
     Pause,
     Record,
     RecordingRecord,
@@ -101,6 +102,7 @@ REPORTS: list[Report] = [
 ]
 
 OTHER_EVENTS: list[Event] = [
+    OverloadRecord(on=True, p95_ms=91.5, advice="q4", time_ns=5),
     RunRecord(name="t", pid=1, state="running", muted=True, paused=False, engine="echo", time_ns=5),
     CommandRecord(
         verb="set", values={"volume": 0.5}, ok=True, effects=[Effect(stage="playback", frame=3)], start_ns=1, end_ns=2
@@ -127,6 +129,7 @@ def a_status() -> StatusReport:
         drift_ppm=None,
         time_ns=1 << 62,
         paused=True,
+        overloaded=False,
         recording="/talk.wav",
         settings=Config(engine="echo"),
     )
@@ -355,7 +358,7 @@ def test_topics() -> None:
     }
     assert {type(report): topic_of_capture(report) for report in REPORTS} == expected
     others = [messages.topic(event) for event in [*OTHER_EVENTS, StatusRecord(status=a_status())]]
-    assert others == ["state.run", "command", "status"]
+    assert others == ["state.overload", "state.run", "command", "status"]
     for stage in STAGES:
         assert messages.topic(StageRecord(stage=stage, state="ready")) == f"state.{stage}"
         record = TimingRecord(stage=stage, frame=0, start_ns=0, end_ns=0, queued=0)

@@ -24,6 +24,7 @@ from pipeline.messages import (
     Effect,
     Event,
     LogRecord,
+    OverloadRecord,
     RecordingRecord,
     Reply,
     RunRecord,
@@ -589,3 +590,13 @@ def test_the_terminals_library_is_not_loaded_for_plain_views() -> None:
     program = "import sys; from pipeline.monitor import command; print('textual' in sys.modules, 'hdrh' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_model_that_is_too_slow_is_said_with_what_helps() -> None:
+    slow = OverloadRecord(on=True, p95_ms=112.4, advice="q4 is faster: `pipeline up --quality q4`", time_ns=START)
+    model = fed(StatusRecord(status=a_status()), *one_frame(), slow)
+    said = "too slow: 95 % of the frames took up to 112 ms of 80; q4 is faster: `pipeline up --quality q4`"
+    assert model.figures(START).overload == said
+    assert f"! {said}" in view.plain(model, START, 120)
+    model.take(OverloadRecord(on=False, p95_ms=60.0, time_ns=START), START)
+    assert model.figures(START).overload == ""

@@ -96,6 +96,12 @@ def serve(acknowledge=True, error="", deaf=False, pairs=False, finished_on="", e
                 sys.exit(0)
 
 
+def frames(count, took_ms):
+    took_ns = round(took_ms * 1e6)
+    for n in range(count):
+        link.report(TimingRecord(stage=stage, frame=n, start_ns=n * took_ns, end_ns=(n + 1) * took_ns, queued=1))
+
+
 def leave(code):
     link.close()
     sys.exit(code)
@@ -131,7 +137,7 @@ def send(text):
     link._socket.send(text.encode())
 
 
-known = (say, serve, record, leave, die, wait_for, print_error, send, ignore_sigterm, ignore_stacks)
+known = (say, serve, record, frames, leave, die, wait_for, print_error, send, ignore_sigterm, ignore_stacks)
 acts = {f.__name__: f for f in known}
 for name, *arguments in json.loads(script):
     if arguments and isinstance(arguments[0], dict):

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "devices": "machine",
     "doctor": "machine",
     "bench": "machine",
+    "chaos": "machine",
     "models": "models",
     "keys": "control",
     "completion": "control",

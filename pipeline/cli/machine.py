@@ -1,4 +1,4 @@
-"""The commands about this machine: its devices, what is wrong with it, how fast it is."""
+"""The commands about this machine: its devices, what is wrong with it, how fast it is, what it withstands."""
 
 import contextlib
 from pathlib import Path
@@ -84,3 +84,29 @@ def bench(quality: str | None, model: str | None, frames: int, as_json: bool) ->
     else:
         options.out.print(budget.view(found))
     return 0
+
+
+@click.command()
+@options.name
+@click.option("--seed", default=0, show_default=True, help="Another one, other faults.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long new faults begin.",
+)
+@click.option(
+    "--faults", default="stall,slow,kill", show_default=True, metavar="LIST", help="Kinds to draw from, see above."
+)
+@options.json
+def chaos(name: str, seed: int, seconds: float, faults: str, as_json: bool) -> int:
+    """Put faults into a run that is up, and see how long it takes to be normal again. It interrupts the conversation.
+
+    LIST, separated by commas: stall[=STAGE][:SECONDS] stops a stage, slow[=STAGE][:SECONDS] leaves it two fifths of its
+    time, kill[=STAGE] kills it, hang[=STAGE] makes it hang where the run's setting faults.hang permits it, and
+    fill=FOLDER fills a small disk. What is not given is drawn.
+    """
+    from pipeline import chaos as faulty
+
+    return faulty.command(name, seed=seed, seconds=seconds, faults=faults, as_json=as_json)

@@ -11,6 +11,7 @@ from pipeline.messages import (
     CommandRecord,
     Event,
     LogRecord,
+    OverloadRecord,
     RecordingRecord,
     RunRecord,
     Spread,
@@ -128,6 +129,8 @@ class Figures(Struct, kw_only=True):
     gaps: int
     cleaned: int
     drift_ppm: float | None
+    overload: str
+    """That the model is too slow for real time, and what helps; empty where it is not."""
     muted: bool
     paused: bool
     recording: str | None
@@ -159,6 +162,7 @@ class Model:
         self.last_ns: int | None = None
         """When the run was last heard of."""
         self.misunderstood = 0
+        self.overload = ""
         self._forget()
 
     def _forget(self) -> None:
@@ -202,6 +206,8 @@ class Model:
                 self._write(time_ns, "xrun", f"{stage}: {kind}", count)
             case CommandRecord():
                 self._write(event.end_ns, "command" if event.ok else "refused", _answer(event))
+            case OverloadRecord():
+                self.overload = _overload(event) if event.on else ""
             case RecordingRecord():
                 self.recording = event.path if event.on else None
                 self._write(event.time_ns, "error" if event.error else "state", _recording(event))
@@ -334,6 +340,7 @@ class Model:
             gaps=counts.gaps,
             cleaned=counts.cleaned + counts.cleaned_answers,
             drift_ppm=status.drift_ppm if status else None,
+            overload=self.overload,
             muted=self.muted,
             paused=self.paused,
             recording=self.recording,
@@ -448,6 +455,10 @@ def _answer(record: CommandRecord) -> str:
         return f"{what}: refused, {record.error}"
     by = ", ".join(f"{effect.stage} from frame {effect.frame}" for effect in record.effects)
     return f"{what}: done{f' by {by}' if by else ''}"
+
+
+def _overload(record: OverloadRecord) -> str:
+    return f"too slow: 95 % of the frames took up to {record.p95_ms:.0f} ms of {FRAME_MS:.0f}; {record.advice}"
 
 
 def _recording(record: RecordingRecord) -> str:

@@ -235,6 +235,8 @@ def _alert(model: Model, figures: Figures, now_ns: int, notice: str) -> Text:
         return Text(f"! {', '.join(bad)}", style="bold red")
     if silent is not None:
         return Text(f"! no frame of {silent} for {figures.stages[silent].silent_s or SILENT_S:.1f} s", style="bold red")
+    if figures.overload and not notice:
+        return Text(f"! {figures.overload}", style="bold red")
     if figures.misunderstood:
         return Text(f"! events of another version of the program: {figures.misunderstood}", style="yellow")
     return Text(notice, style="bold")
