@@ -307,7 +307,7 @@ class _Descriptor:
 def _overrides(pairs: list[str]) -> Iterator[tuple[str, Any]]:
     for pair in pairs:
         key, _, value = pair.partition("=")
-        number = value.replace(".", "", 1).isdigit()
+        number = value.removeprefix("-").replace(".", "", 1).isdigit()
         yield key, (float(value) if "." in value else int(value)) if number else value
 
 

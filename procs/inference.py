@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import apple, checkpoints, messages, worker
 from pipeline import config as settings
-from pipeline.audio import FADE, level, make_fit
+from pipeline.audio import FADE, falling, level, make_fit, rising
 from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno
@@ -159,6 +159,9 @@ class Inference:
         self._asked: deque[Question] = deque()
         self._ended = False
         self._paused = False
+        self._cut = False
+        self._before = np.zeros(FADE + 1, np.float32)
+        self._rise, self._fall = rising(), falling()
         self._pass_over_answered()
         # Frames are counted when they are answered, in order; the reader is that much ahead.
         self._reader = RingReader(self._capture, self._counts.position)
@@ -280,6 +283,7 @@ class Inference:
     def _count_dropped(self, count: int) -> None:
         self._counts.position += count
         self._counts.drop(count)
+        self._cut = True
 
     def _listen(self) -> None:
         """Give the engine what it may be given at a time."""
@@ -305,10 +309,20 @@ class Inference:
             # The writer overtook the copy. What came of it is no whole frame.
             self._count_dropped(count)
             return
+        self._join()
         number = reader.position // FRAME - 1
         mark = self._capture.mark(number)
         self._asked.append(Question(number, mark.captured_ns if mark is not None else start_ns, start_ns, queued))
         self._engine.listen(self._frame)
+
+    def _join(self) -> None:
+        """Leave no step where frames were dropped: on from what came before, backwards, and over into the frame."""
+        frame = self._frame
+        if self._cut:
+            frame[:FADE] *= self._rise
+            frame[:FADE] += self._before[-2::-1] * self._fall
+            self._cut = False
+        self._before[:] = frame[-FADE - 1 :]
 
     def _settle(self) -> None:
         """Count and report the answers that are written."""

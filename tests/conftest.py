@@ -1,6 +1,7 @@
 """What all tests share: the sound server."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Final
@@ -10,6 +11,11 @@ import pytest
 from tests.soundserver import SoundServer, missing
 
 SOUND_FIXTURES: Final = frozenset({"sound_server", "sound_cable"})
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As where the tests run behind a shell: programs that they start would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
