@@ -248,7 +248,7 @@ def check_switch(spec: str, other: str, *, may_exist: bool) -> None:
         return
     if others is not None and same_file(path, others):
         raise ConfigError(f"spec = {spec!r}: expected another file than the run's other side has")
-    if not may_exist and path.exists():
+    if not may_exist and os.path.lexists(path):
         raise ConfigError(f"spec = {spec!r}: it exists already; expected a new file")
 
 

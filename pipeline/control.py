@@ -26,7 +26,7 @@ _MESSAGE_MAX: Final = 1 << 16
 _BACKLOG: Final = 1_000
 """Messages kept for a peer that does not read. What comes after is lost to it."""
 
-_UNREAD: Final = 4
+_UNREAD: Final = 32
 """Replies kept for a client that does not read them; one to `trace` has megabytes."""
 
 _FAREWELL_MS: Final = 500

@@ -381,6 +381,7 @@ class Supervisor:
 
     def _tell_run(self) -> None:
         """What everybody may know of the run."""
+        self._status_at_ns = 0  # told anew at once, as after every change that is seen in it
         self._publish(
             RunRecord(
                 name=self._folder.name,
@@ -643,7 +644,7 @@ class Supervisor:
 
     def _step_down(self, model: str | None, quality: str) -> None:
         self._config = settings.changed(self._config, {"model": model, "quality": quality})
-        self._save_settings()
+        self._keep_settings()
         self._overload.clear()
         self._renew(self._stages["inference"])
 
@@ -653,6 +654,7 @@ class Supervisor:
             return  # said before it died
         if record.state in ("starting", "running"):
             stage.was_running = record.state == "running"
+        self._status_at_ns = 0
         stage.state = record.state
         stage.detail = record.detail
         stage.device_latency_ms = record.device_latency_ms
@@ -695,6 +697,7 @@ class Supervisor:
 
     def _set_state(self, stage: _StageProcess, state: StageState) -> None:
         """A change that the stage cannot report itself."""
+        self._status_at_ns = 0
         stage.state = state
         self._publish(StageRecord(stage=stage.process.name, state=state, detail=stage.detail, time_ns=self._clock()))
 
@@ -783,9 +786,16 @@ class Supervisor:
         """What puts back what `command` would change."""
         return messages.former(self._config, command)
 
+    def _keep_settings(self) -> None:
+        try:
+            self._save_settings()
+        except OSError as error:
+            why = f"{self._folder.settings} cannot be written: {error.strerror}"
+            self._log("warning", f"{why}; a stage that is started again takes the settings of before")
+
     def _take_effect(self, command: AnyCommand) -> None:
         """What the stages have carried out holds for those that will be started again."""
-        self._status_at_ns = 0  # told anew at once
+        self._status_at_ns = 0
         match command:
             case Mute() | Unmute():
                 self._muted = isinstance(command, Mute)
@@ -795,14 +805,14 @@ class Supervisor:
                 self._tell_run()
             case Set():
                 self._config = self._changed(command)
-                self._save_settings()
+                self._keep_settings()
             case Input(spec=spec):
                 origin = self._rings["capture"].position
                 self._config = settings.changed(self._config, {"capture.input": spec, "capture.origin": origin})
-                self._save_settings()
+                self._keep_settings()
             case Output(spec=spec):
                 self._config = settings.changed(self._config, {"playback.output": spec})
-                self._save_settings()
+                self._keep_settings()
 
     def _restart(self, asked: Asked, stage: _StageProcess) -> None:
         name = stage.process.name

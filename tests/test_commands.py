@@ -560,7 +560,7 @@ def test_a_newcomer_knows_every_state_at_once(make_run: MakeRun) -> None:
     assert run.run(client) == 0
 
 
-def test_the_status_is_told_while_somebody_listens(make_run: MakeRun) -> None:
+def test_the_status_is_told_again_and_again(make_run: MakeRun) -> None:
     run = make_run()
 
     def client() -> None:
@@ -568,6 +568,8 @@ def test_the_status_is_told_while_somebody_listens(make_run: MakeRun) -> None:
         listener = Listener(run, "status")
         first = listener.wait_for(StatusRecord).status
         second = listener.wait_for(StatusRecord).status
+        while second.time_ns == first.time_ns:  # the welcome may come twice
+            second = listener.wait_for(StatusRecord).status
         assert second.time_ns > first.time_ns
         assert second.state == "running"
         listener.close()
