@@ -72,7 +72,7 @@ def _print(feed: Feed, views: int | None, interval_s: float, as_json: bool) -> N
     due_s, before = time.monotonic(), ""
     for text in _texts(feed, as_json):
         # Of a run that is not up, one line is enough.
-        if as_json or text != before:
+        if as_json or text != before or feed.model.link == "up":
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
         before = text
