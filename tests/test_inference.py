@@ -733,9 +733,8 @@ def test_where_frames_were_dropped_there_is_no_step(rig: Rig) -> None:
     rig.work_until(generated=2)
     rig.capture_frames(20)
     rig.work_until(generated=3)
-    answers = rig.answers()
     assert rig.counts()[1] > 0
-    out = np.empty(len(answers) * FRAME, np.float32)
+    out = np.empty(3 * FRAME, np.float32)
     assert RingReader(rig.playback, 0).read(out) == len(out)
     joint = 2 * FRAME
     assert abs(out[joint] - out[joint - 1]) < 1e-4  # of 20 frames dropped it would be 0.02
