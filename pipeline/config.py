@@ -230,7 +230,7 @@ def changed(config: Config, values: Mapping[str, Any]) -> Config:
     Raises ConfigError.
     """
     new = dict(values)
-    for cuts in _CUTS:
+    for cuts in CUTS:
         if any(values.get(key) is not None for key in cuts):
             new = dict.fromkeys(cuts) | new
     config = _override(config, new, "set")
@@ -278,13 +278,13 @@ def _check(config: Config, source: str) -> None:
         )
 
 
-_CUTS: Final = [[f"sampler.{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")] for kind in ("text", "audio")]
+CUTS: Final = [[f"sampler.{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")] for kind in ("text", "audio")]
 """Of which at most one is set."""
 
 
 def _check_cuts(sampler: SamplerConfig, source: str) -> None:
     values = {f"sampler.{name}": getattr(sampler, name) for name in sampler.__struct_fields__}
-    for cuts in _CUTS:
+    for cuts in CUTS:
         given = [key for key in cuts if values[key] is not None]
         if len(given) > 1:
             raise ConfigError(f"{source}: {given[1]} = {values[given[1]]}: expected to be unset, as {given[0]} is set")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pipeline import config as settings
 from pipeline.config import Config, Count, Frames, PrebufferMs, Probability, QueueFrames, Temperature, Volume
 from pipeline.topology import StageName
 
@@ -170,14 +171,18 @@ def given(command: Command) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not UNSET}
 
 
+def changed(config: Config, command: Set) -> Config:
+    """The settings that are in force once `command` is carried out. Raises ConfigError."""
+    return settings.changed(config, {ALTERS[name]: value for name, value in given(command).items()})
+
+
 def former(config: Config, command: Set) -> Set:
     """The command that puts back what `command` would change, where `config` is in force."""
-    names = set(given(command))
-    for kind in ("text", "audio"):
-        cuts = {f"{kind}_{cut}" for cut in ("top_k", "top_p", "min_p")}
-        names |= cuts if names & cuts else set()
-    keys = {name: ALTERS[name].split(".") for name in names}
-    return Set(**{name: getattr(getattr(config, section), key) for name, (section, key) in keys.items()})
+    keys = {ALTERS[name] for name in given(command)}
+    for cuts in settings.CUTS:
+        keys |= set(cuts) if keys & set(cuts) else set()
+    parts = [key.split(".") for key in keys]
+    return Set(**{name: getattr(getattr(config, section), name) for section, name in parts})
 
 
 class StageStatus(Struct, kw_only=True):

@@ -777,10 +777,9 @@ class Supervisor:
         self.requests.order(asked, stages, SWITCH_S if isinstance(command, Input | Output) else ANSWER_S)
 
     def _changed(self, command: Set) -> Config:
-        values = messages.given(command)
-        if not values:
+        if not messages.given(command):
             raise ConfigError(f"set: expected at least one of {', '.join(messages.ALTERS)}")
-        return settings.changed(self._config, {messages.ALTERS[name]: value for name, value in values.items()})
+        return messages.changed(self._config, command)
 
     def _former(self, command: Set) -> Set:
         """What puts back what `command` would change."""

@@ -8,7 +8,6 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from pipeline import apple, checkpoints, messages, worker
-from pipeline import config as settings
 from pipeline.audio import FADE, falling, level, make_fit, rising
 from pipeline.bell import Bell
 from pipeline.config import Config
@@ -375,8 +374,7 @@ class Inference:
 
     def _set(self, command: Set) -> None:
         before = self._config.sampler
-        values = {messages.ALTERS[name]: value for name, value in messages.given(command).items()}
-        self._config = settings.changed(self._config, values)
+        self._config = messages.changed(self._config, command)
         if self._config.sampler != before:
             self._engine.draw_by(self._config.sampler)
 
