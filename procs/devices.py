@@ -43,9 +43,6 @@ OUTPUT_SPECS: Final = "device, device:NAME, file:PATH or null"
 _PACED_INPUT_BLOCK: Final = FRAME
 """Samples that a stand-in for a microphone delivers at once: the last of a frame comes no later for it."""
 
-_NULL_BLOCK: Final = FRAME
-"""Samples that a sink which nobody hears takes at once: few wake-ups, for little processor time."""
-
 _LOOK_AGAIN_S: Final = 0.001
 """How long nothing is moved from or to a file, where there is no room or nothing has come."""
 
@@ -194,7 +191,7 @@ def open_output(
             return _PacedOutput(f"file {name}", block, vernier.fill, sink, lambda: skew_ppm)
         case "null" if not name:
             # What nobody hears need not be resampled: its clock is set.
-            return _PacedOutput("null", _NULL_BLOCK, on_block, None, lambda: skew_ppm + correction_ppm())
+            return _PacedOutput("null", block, on_block, None, lambda: skew_ppm + correction_ppm())
     raise DeviceError(f"output {spec!r}: expected {OUTPUT_SPECS}")
 
 

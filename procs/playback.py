@@ -37,6 +37,9 @@ _STEADY = 3
 _CALM = 12
 """Frames, about a second, without surplus, after which the latency is what it was."""
 
+_LATE_NS = 10 * NS_PER_MS
+"""A first frame that is later by so much, as a model's first step may be, is made up for."""
+
 _CONCESSION = 0.1
 """How much less alike two stretches need be after each frame in which there were none to shorten it by."""
 
@@ -52,6 +55,7 @@ class Jitter:
         self._delays_ns: deque[int] = deque(maxlen=_JITTER_FRAMES)
         self._late_ns: deque[int] = deque(maxlen=_JITTER_FRAMES)
         self._before_ns = 0
+        self._first_ns: int | None = None
 
     def late_ns(self, mark: Mark) -> int:
         """How much longer than the earliest this frame took from the microphone until it was complete."""
@@ -62,8 +66,15 @@ class Jitter:
         """Take in the frame that is played next."""
         late_ns = self.late_ns(mark)
         self._delays_ns.append(mark.end_ns - mark.captured_ns)
+        if self._first_ns is None:
+            self._first_ns = self._delays_ns[0]
         self._late_ns.append(late_ns if self._before_ns <= late_ns <= FRAME_NS else 0)
         self._before_ns = late_ns
+
+    @property
+    def began_late_ns(self) -> int:
+        """How much later than the earliest the very first frame came: all that followed it wait for so long."""
+        return (self._first_ns or 0) - min(self._delays_ns, default=self._first_ns or 0)
 
     @property
     def spread_ns(self) -> int:
@@ -103,7 +114,7 @@ class Player:
         self._gain = 1.0
         self._playing = False
         self._sounding = False
-        self._disturbed = self._source.position > 0
+        self._disturbed = self._begun = self._source.position > 0
         self._leaving = False
         self._rise = rising()
         self._fall = falling()
@@ -112,8 +123,9 @@ class Player:
         self._faded = FADE
         self._risen = FADE
         self._initial_prebuffer_ns = prebuffer_ns
-        self._block_ns = 0
+        self._block = FRAME
         self._jitter = Jitter()
+        self._starting = _CALM
         self._waits_ns: deque[int] = deque(maxlen=_STEADY)
         self._calm = 0
         self._ahead = RingReader(playback)
@@ -156,7 +168,7 @@ class Player:
         heard = self._heard
         heard.begin()
         heard.anchor(heard.position, dac_ns)
-        self._block_ns = len(out) * NS_PER_S // SAMPLE_RATE
+        self._block = len(out)
         if xrun:
             heard.count("xruns")
             self._disturb()
@@ -210,8 +222,9 @@ class Player:
                 return False
         self._playing = True
         self._sounding = False
-        if self._disturbed:
+        if self._begun:
             self._risen = 0
+        self._begun = True
         return True
 
     def _uniform(self) -> int:
@@ -250,8 +263,11 @@ class Player:
         self._jitter.add(mark)
         self.prebuffer_ns = max(self._initial_prebuffer_ns, min(FRAME_NS, self._jitter.spread_ns))
         self._waits_ns.append(now_ns() - mark.end_ns)
+        if self._starting:
+            self._starting -= 1
+            self._disturbed |= self._jitter.began_late_ns > _LATE_NS
         if self._disturbed:
-            self._recover()
+            self._recover(filled)
         self._heard.mark(
             position=self._heard.position + filled,
             frame=mark.frame,
@@ -266,16 +282,18 @@ class Player:
         self._waits_ns.clear()
         self._calm = 0
 
-    def _recover(self) -> None:
+    def _recover(self, filled: int) -> None:
         """Shorten the frame that begins, if frames wait for longer than they have to.
 
-        Only after a gap or an underrun of the device, until their surplus is gone: a healthy stream is left alone.
+        Only after a gap, an underrun of the device or a first frame that was late, until their surplus is gone: a
+        healthy stream is left alone.
         """
         if len(self._waits_ns) < _STEADY:
             return
-        # A frame waits for the prebuffer, and then for a block: half of one when nothing is known of the two.
-        surplus_ns = min(self._waits_ns) - self.prebuffer_ns - self._block_ns // 2
-        surplus = surplus_ns * SAMPLE_RATE // NS_PER_S
+        # A frame must be there when the block is asked for in which its first sample lies. With so much taken out that is
+        # so many blocks earlier than now, and never earlier than after the prebuffer.
+        spare = (min(self._waits_ns) - self.prebuffer_ns) * SAMPLE_RATE // NS_PER_S
+        surplus = filled + spare // self._block * self._block
         if surplus >= LEAST:
             self._shorten(surplus)
             return

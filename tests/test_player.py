@@ -64,13 +64,14 @@ class Rig:
     def arrive(self, frames: int = 1, waited_ns: int = FRAME_NS) -> None:
         """The next `frames` frames of `generated` come into the ring, whole, as the inference stage writes them.
 
-        They came `waited_ns` ago, so that no prebuffer keeps them where a test does not want it.
+        They came one after another, the last `waited_ns` ago, so that no prebuffer keeps them where a test does not
+        want it.
         """
-        for _ in range(frames):
+        for younger in reversed(range(frames)):
             position = self.writer.position
             number = position // FRAME + self.passed_over
             self.numbers.append(number)
-            self.writer.mark(position, number, captured_ns(number), start_ns=0, end_ns=self.now_ns() - waited_ns)
+            self.writer.mark(position, number, captured_ns(number), start_ns=0, end_ns=self.now_ns() - waited_ns - younger * FRAME_NS)
             self.writer.write(self.generated[position : position + FRAME])
 
     def find_joint(self, frame: Samples, most: int, alike: float) -> stretch.Joint | None:
@@ -580,16 +581,53 @@ def test_a_stall_in_a_jittery_stream_is_recovered_from() -> None:
         assert min(model.waits_ns[-150:]) <= (40 + 10) * NS_PER_MS + BLOCK_NS
 
 
+@pytest.mark.parametrize("block", [120, 480, 640, 1_920])
+@pytest.mark.parametrize("phase", [0, 7, 110, 400, 1_900])
+def test_making_up_for_a_gap_is_no_cause_of_the_next(block: int, phase: int) -> None:
+    """Wherever in a block frames come: one must be there when the block is asked for in which it begins."""
+    due = [index * FRAME + phase for index in range(190)]
+    with a_rig(SPOKEN, queue_frames=8) as rig:
+        while rig.asked < 180 * FRAME:
+            there = [at for at in due if at <= rig.asked and not 30 * FRAME <= rig.asked < 33 * FRAME]
+            for at in there[len(rig.numbers) :]:
+                rig.arrive(waited_ns=(rig.asked - at) * NS_PER_S // SAMPLE_RATE)
+            rig.block(block)
+        waited = [(mark.start_ns - BEGAN_NS) * SAMPLE_RATE // NS_PER_S - due[mark.frame] for mark in rig.marks()]
+        assert max(waited[-12:]) <= block + stretch.LEAST
+        assert rig.assert_exact().gaps == 1
+        assert_played_as_generated(rig)
+
+
 def test_a_healthy_stream_is_never_cut() -> None:
     """Whatever its frames wait for: there was no gap that it could have come from."""
     generated = speech_like(60)
     with a_rig(generated) as rig:
         rig.arrive(2)
         for _ in range(58):
-            rig.arrive()
+            rig.arrive(waited_ns=0)
             rig.blocks(FRAME, 480)
         np.testing.assert_array_equal(rig.output, generated[: rig.asked])
         assert rig.assert_exact().skipped == 0
+
+
+@pytest.mark.parametrize("late_ms", [20, 60, 70])
+def test_a_first_frame_that_was_late_is_made_up_for(late_ms: int) -> None:
+    """All others would wait for as long, for the whole of the run."""
+    late = late_ms * SAMPLE_RATE // 1_000
+    with a_rig(SPOKEN) as rig:
+        rig.blocks(late, BLOCK)
+        rig.arrive(waited_ns=0)
+        rig.blocks(FRAME - late, BLOCK)
+        for _ in range(60):
+            rig.arrive(waited_ns=0)
+            rig.blocks(FRAME, BLOCK)
+        waited_ns = [mark.start_ns - mark.end_ns for mark in rig.marks()]
+        assert waited_ns[1] == late_ms * NS_PER_MS
+        assert max(waited_ns[-12:]) <= 10 * NS_PER_MS
+        counts = rig.assert_exact()
+        assert counts.gaps == 0
+        assert counts.skipped == sum(joint.lag for joint in rig.joints.values())
+        assert_played_as_generated(rig)
 
 
 @pytest.mark.parametrize("signal", [tone(80, phase=1.3), speech_like(80)], ids=["tone", "speech"])
