@@ -30,8 +30,10 @@ _UNREAD: Final = 32
 """Replies kept for a client that does not read them; one to `trace` has megabytes."""
 
 _FAREWELL_MS: Final = 500
-"""How long a stage's last reports may take to leave it."""
+"""How long the last replies may take to leave a run that ends."""
 
+_LAST_WORDS_MS: Final = 2_000
+"""How long a stage's last reports may take to leave it."""
 
 _HANDSHAKE_MS: Final = 5_000
 """How long a connection over TCP may take to show its key before it is closed."""
@@ -301,7 +303,7 @@ class StageLink:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, stage.encode())
         self._socket.setsockopt(zmq.SNDHWM, _BACKLOG)
-        self._socket.setsockopt(zmq.LINGER, _FAREWELL_MS)
+        self._socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
         self._socket.connect(_ipc(stages))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -347,7 +349,7 @@ class StageLink:
         self._socket.setsockopt(zmq.LINGER, 0)
 
     def close(self) -> None:
-        """Close the line, after the last reports have left or half a second."""
+        """Close the line, after the last reports have left or two seconds."""
         self._socket.close()
         self._context.term()
 

@@ -204,8 +204,9 @@ the same user, and may do everything. Nothing listens on a network unless
 **Requests.** Every request is answered once: with `"ok": true` when everyone that it is for has carried it out, or
 with `"ok": false` and an `error` that says what was wrong and what was expected. What is not JSON, names no verb that
 there is, has a field that the command does not have, or a value beyond its limits, changes nothing. A message of more
-than 65,536 bytes is not answered: its connection is closed. From another program in Python, `pipeline.client` does
-all this; in a shell, `pipeline send VERB key=value`.
+than 65,536 bytes is not answered: its connection is closed. A client that sends more without reading what it is
+answered should have no more than 16 requests under way: of replies that it does not read, 32 are kept. From another
+program in Python, `pipeline.client` does all this; in a shell, `pipeline send VERB key=value`.
 
 **Events.** A subscription is a prefix: `timing.` is every stage's timing, the empty one is everything. Right after
 subscribing comes the last record of each `state.` topic that was subscribed, and of `status` (the welcome), so that a

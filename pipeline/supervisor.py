@@ -94,6 +94,9 @@ STUCK_S: Final[dict[StageName, float]] = {"capture": 10.0, "inference": 60.0, "p
 OPEN_S: Final[dict[StageName, float]] = {"capture": 30.0, "inference": 900.0, "playback": 30.0}
 """The same while it starts: a device that hangs, or a model that is loaded from a slow disk."""
 
+WORDS_S: Final = 2.0
+"""How long the last words of a stage that has ended may take to come: why it cannot work."""
+
 STACKS_S: Final = 0.5
 """How long a stage that hangs has to write down where, before it is killed."""
 
@@ -164,6 +167,8 @@ class _StageProcess:
     """It was told to end, to be started again at once."""
     restart: Asked | None = None
     """The command that asked for that."""
+    ended_ns: int | None = None
+    """When it was first seen to have ended."""
     kill_at_ns: int | None = None
     """When it is to be killed if it has not ended by itself."""
     missed: int = 0
@@ -366,7 +371,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
 
     def _spawn(self, stage: _StageProcess) -> None:
-        stage.kill_at_ns, stage.missed, stage.renewing = None, 0, False
+        stage.kill_at_ns, stage.ended_ns, stage.missed, stage.renewing = None, None, 0, False
         stage.popen = self._start_process(stage.process)
         self._set_state(stage, "starting")
 
@@ -539,10 +544,19 @@ class Supervisor:
             self._status_at_ns = now + round(STATUS_S * NS_PER_S)
             self._publish(StatusRecord(status=self.status()))
 
+    def _has_more_to_say(self, stage: _StageProcess, code: int) -> bool:
+        """Whether it says why it has ended, and that is under way: a process may be gone before its words come."""
+        if code != EXIT_REFUSED or stage.state == "fatal":
+            return False
+        stage.ended_ns = stage.ended_ns or self._clock()
+        return self._clock() < stage.ended_ns + round(WORDS_S * NS_PER_S)
+
     def _see_deaths(self) -> None:
         self.recording.see_death(self._clock(), _how_it_ended)
         for stage in self._stages.values():
             if stage.popen is None or stage.alive or stage.state == "backoff" or self._state == "stopping":
+                continue
+            if self._has_more_to_say(stage, stage.popen.returncode):
                 continue
             self.requests.stage_died(stage.process.name)
             if stage.renewing:

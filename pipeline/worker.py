@@ -24,7 +24,7 @@ from pipeline import config as settings
 from pipeline.bell import Bell
 from pipeline.config import Config
 from pipeline.control import HasFileno, StageLink
-from pipeline.errors import DeviceLostError, PipelineError
+from pipeline.errors import EXIT_REFUSED, DeviceLostError, PipelineError
 from pipeline.faults import hang_on_signal
 from pipeline.messages import (
     Acknowledged,
@@ -45,7 +45,7 @@ from pipeline.runtime import RunFolder
 from pipeline.timing import NS_PER_MS, now_ns
 from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE, StageName
 
-EXIT_FATAL: Final = 2
+EXIT_FATAL: Final = EXIT_REFUSED
 """Exit code of a stage that cannot work with the settings, device or model it was given: not to be restarted."""
 
 EXIT_LOST: Final = 3

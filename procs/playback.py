@@ -290,8 +290,8 @@ class Player:
         """
         if len(self._waits_ns) < _STEADY:
             return
-        # A frame must be there when the block is asked for in which its first sample lies. With so much taken out that is
-        # so many blocks earlier than now, and never earlier than after the prebuffer.
+        # A frame must be there when the block is asked for in which its first sample lies. With so much taken out that
+        # is so many blocks earlier than now, and never earlier than after the prebuffer.
         spare = (min(self._waits_ns) - self.prebuffer_ns) * SAMPLE_RATE // NS_PER_S
         surplus = filled + spare // self._block * self._block
         if surplus >= LEAST:

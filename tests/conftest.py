@@ -20,10 +20,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test that asks for the sound server the marker `sound`."""
+    """Give every test that asks for the sound server the marker `sound`, and two more goes.
+
+    Where others use this machine's cores a virtual sound card loses blocks, and no one is told of that.
+    """
     for item in items:
         if SOUND_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("sound")
+            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ PATIENCE_S: Final = 20.0
 MESSAGE_MAX: Final = 1 << 16
 """Bytes, beyond which a message is not read."""
 
-_BATCH: Final = 32
+_BATCH: Final = 8
 """Requests that are under way at a time: less than what a socket keeps for a peer."""
 
 _COMMANDS: Final = [messages.encode(command) for command, _ in EXCHANGES]

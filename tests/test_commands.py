@@ -31,6 +31,7 @@ class Listener:
 
     def __init__(self, run: Run, *topics: str) -> None:
         self._subscription = Subscription(run.folder.events, topics)
+        run.to_close.append(self._subscription.close)
         self.events: list[tuple[str, Event]] = []
 
     def wait_for(self, kind: type[Any], **fields: Any) -> Any:
@@ -38,18 +39,29 @@ class Listener:
         found: list[Event] = []
 
         def come() -> bool:
-            if event := self._subscription.receive(0.05):
-                self.events.append((event[0], messages.decode_event(event[1])))
-                record = self.events[-1][1]
-                if isinstance(record, kind) and all(getattr(record, name) == value for name, value in fields.items()):
-                    found.append(record)
+            record = self._receive()
+            if isinstance(record, kind) and all(getattr(record, name) == value for name, value in fields.items()):
+                found.append(record)
             return bool(found)
 
         wait_until(come, f"{kind.__name__} with {fields}", pause_s=0)
         return found[0]
 
-    def close(self) -> None:
-        self._subscription.close()
+    def wait_until_known(self, *topics: str) -> None:
+        """Until there was an event of each of them."""
+
+        def known() -> bool:
+            self._receive()
+            return {topic for topic, _ in self.events} >= set(topics)
+
+        wait_until(known, f"events of {topics}", pause_s=0)
+
+    def _receive(self) -> Event | None:
+        event = self._subscription.receive(0.05)
+        if event is None:
+            return None
+        self.events.append((event[0], messages.decode_event(event[1])))
+        return self.events[-1][1]
 
 
 def in_force(run: Run) -> Config:
@@ -175,7 +187,6 @@ def test_what_is_acknowledged_late_holds_and_is_told(make_run: MakeRun, monkeypa
         late = listener.wait_for(CommandRecord, verb="mute")
         assert (late.ok, late.effects[0].stage) == (True, "capture")
         assert run.status().muted
-        listener.close()
 
     assert run.run(client) == 0
 
@@ -440,7 +451,6 @@ def test_a_recording_begins_and_ends(make_run: MakeRun) -> None:
         assert run.status().recording is None
         listener.wait_for(RecordingRecord, on=True)
         listener.wait_for(RecordingRecord, on=False)
-        listener.close()
         assert run.ask("record", on=False).error.endswith("nothing is being recorded")
         # At once, though the first recorder may not have left yet.
         assert run.ask("record", on=True, path="/r.wav").ok
@@ -499,7 +509,6 @@ def test_a_recorder_that_dies_is_told_of_and_harms_nothing(make_run: MakeRun, sa
         ended = listener.wait_for(RecordingRecord, on=False)
         assert ended.error == "recorder was ended by SIGKILL"
         assert (said, reply.error) in ((True, ""), (False, ended.error))
-        listener.close()
         assert run.status().recording is None
 
     assert run.run(client) == 0
@@ -551,11 +560,10 @@ def test_a_newcomer_knows_every_state_at_once(make_run: MakeRun) -> None:
         run.wait_until_running()
         run.ask("mute")
         listener = Listener(run, "state.", "status")
-        assert listener.wait_for(StatusRecord).status.muted
-        known = {topic for topic, _ in listener.events}
-        assert {"state.run", "state.capture", "state.inference", "state.playback"} <= known
+        assert listener.wait_for(StatusRecord).status.muted  # a status that was due anyway may come first
+
+        listener.wait_until_known("state.run", "state.capture", "state.inference", "state.playback")
         assert {type(event) for topic, event in listener.events if topic == "state.run"} == {RunRecord}
-        listener.close()
 
     assert run.run(client) == 0
 
@@ -572,7 +580,6 @@ def test_the_status_is_told_again_and_again(make_run: MakeRun) -> None:
             second = listener.wait_for(StatusRecord).status
         assert second.time_ns > first.time_ns
         assert second.state == "running"
-        listener.close()
 
     assert run.run(client) == 0
 
@@ -594,7 +601,6 @@ def test_every_command_is_told_with_what_came_of_it(make_run: MakeRun) -> None:
         refused = listener.wait_for(CommandRecord)
         assert (refused.ok, refused.effects) == (False, [])
         assert "backlog_limit = 1" in refused.error
-        listener.close()
 
     assert run.run(client) == 0
 
@@ -613,7 +619,6 @@ def test_the_end_of_a_run_is_told(make_run: MakeRun) -> None:
         listener.wait_for(RunRecord, state="stopped")
         ending.join()
         states.extend(event.state for _, event in listener.events if isinstance(event, RunRecord))
-        listener.close()
         run.over.wait(PATIENCE_S)
 
     assert run.run(client) == 0

@@ -150,7 +150,6 @@ def test_a_run_says_that_it_is_overloaded_and_what_helps(make_run: MakeRun) -> N
         assert (told.on, told.p95_ms) == (True, pytest.approx(100))
         assert told.advice
         assert run.status().overloaded
-        listener.close()
 
     assert run.run(client) == 0
     (warning,) = run.warnings()

@@ -71,7 +71,9 @@ class Rig:
             position = self.writer.position
             number = position // FRAME + self.passed_over
             self.numbers.append(number)
-            self.writer.mark(position, number, captured_ns(number), start_ns=0, end_ns=self.now_ns() - waited_ns - younger * FRAME_NS)
+            self.writer.mark(
+                position, number, captured_ns(number), start_ns=0, end_ns=self.now_ns() - waited_ns - younger * FRAME_NS
+            )
             self.writer.write(self.generated[position : position + FRAME])
 
     def find_joint(self, frame: Samples, most: int, alike: float) -> stretch.Joint | None:

@@ -21,7 +21,7 @@ import pytest
 
 from pipeline import messages, supervisor, worker
 from pipeline.config import CaptureConfig, Config, PlaybackConfig
-from pipeline.control import StageLink, Subscription, request
+from pipeline.control import Hub, StageLink, Subscription, request
 from pipeline.errors import EXIT_REFUSED, ConfigError, ControlError
 from pipeline.messages import Effect, LogLevel, Reply, StageRecord, StatusReport
 from pipeline.ring import Consumer, Ring, RingWriter
@@ -174,6 +174,7 @@ class Run:
         self.over = threading.Event()
         self.config = Config(engine="echo", **config)
         self.final: StatusReport | None = None
+        self.to_close: list[Callable[[], object]] = []
 
     def on_log(self, stage: str, level: LogLevel, message: str) -> None:
         self.log.append((stage, level, message))
@@ -323,6 +324,8 @@ def make_run(folder: RunFolder, tmp_path: Path) -> Iterator[MakeRun]:
 
     yield make
     for run in made:
+        for close in run.to_close:
+            close()
         for popen in run.processes:
             popen.kill()
             popen.wait()
@@ -530,6 +533,30 @@ def test_a_stage_that_cannot_work_says_why(make_run: MakeRun) -> None:
     assert run.run() == 2  # as where the command itself is wrong: nothing was begun
     assert run.errors() == ["capture: input device 'x' not found"]
     run.assert_nothing_left()
+
+
+def test_the_last_words_of_a_stage_may_come_after_its_end(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process can be gone before what it said last is read."""
+    run = make_run(capture=[[["say", "fatal", "input device 'x' not found"], ["leave", 2]]])
+    reports = Hub.reports
+    held_back: list[Hub] = []
+
+    def late(hub: Hub) -> Iterator[bytes]:
+        if len(held_back) < 3 and any(popen.poll() is not None for popen in run.processes):
+            held_back.append(hub)
+            return
+        yield from reports(hub)
+
+    monkeypatch.setattr(Hub, "reports", late)
+    assert run.run() == 2
+    assert len(held_back) == 3
+    assert run.errors() == ["capture: input device 'x' not found"]
+
+
+def test_a_stage_that_says_nothing_at_its_end_is_waited_for_no_longer_than_a_moment(make_run: MakeRun) -> None:
+    run = make_run(capture=[[["leave", 2]]])
+    assert run.run() == 1
+    assert run.errors()[0].startswith("capture stopped with exit code 2")
 
 
 def test_a_stage_that_turns_fatal_while_it_runs_ends_the_run_at_once(make_run: MakeRun) -> None:

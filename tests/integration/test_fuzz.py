@@ -1,5 +1,6 @@
 """A run that is sent a hundred thousand messages that nobody should send goes on as if there were none."""
 
+import contextlib
 from typing import Any, Final
 
 import psutil
@@ -45,13 +46,13 @@ def attacked(run: Run, attack: Attack, messages: int = MESSAGES) -> dict[str, in
 
 def test_a_run_bears_what_nobody_should_send(runs: Runs) -> None:
     options = ("--input", "tone:440", "--output", "null", "--config", str(runs.config(CONFIG)))
-    with runs.up("--engine", "echo", *options) as run:
+    with contextlib.ExitStack() as open_sockets, runs.up("--engine", "echo", *options) as run:
         run.running()
         folder = runs.folder / "run" / "default"
         attack = Attack(folder, SEED)
         attack.commands(UNOPENABLE, ok=False)
         before = run.status()
-        monitor = Subscription(folder / "events.ipc", ("status",))
+        monitor = open_sockets.enter_context(contextlib.closing(Subscription(folder / "events.ipc", ("status",))))
         attack.commands(MEANINGLESS, ok=False)
         attack.commands(EXTREME, ok=True)
         memory = attacked(run, attack)
@@ -64,7 +65,6 @@ def test_a_run_bears_what_nobody_should_send(runs: Runs) -> None:
         while monitor.receive(0) is not None:
             pass
         assert monitor.receive(PATIENCE_S) is not None  # it is told as before
-        monitor.close()
         attack.commands([b'{"verb":"mute"}', b'{"verb":"unmute"}', b'{"verb":"status"}'], ok=True)
         assert run.interrupt() == 0, run.err
     assert runs.leftovers() == []
