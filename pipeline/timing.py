@@ -6,8 +6,6 @@ import sys
 import time
 from typing import Final
 
-from hdrh.histogram import HdrHistogram
-
 from pipeline import apple
 from pipeline.messages import Spread, StageSpread
 from pipeline.topology import FRAME_MS
@@ -54,6 +52,8 @@ class Durations:
     """Durations of a run, however long, in bounded memory: an HDR histogram in µs, exact to three digits."""
 
     def __init__(self) -> None:
+        from hdrh.histogram import HdrHistogram
+
         self._histogram = HdrHistogram(1, _LONGEST_US, _DIGITS)
         self._late = 0
 
