@@ -54,10 +54,10 @@ def _wanted() -> str:
 
 def _make() -> None:
     print(f"Installing the peers into {HOME.name}/ (a minute or two, 400 MB, once)", file=sys.stderr, flush=True)
-    failed = _failed([sys.executable, "-m", "venv", str(HOME)], "the environment cannot be made")
-    if not failed:
-        failed = sum(_failed([*_PIP, line], f"{line} cannot be installed") for line in requirements())
-    if not failed:
+    if _failed([sys.executable, "-m", "venv", str(HOME)], "the environment cannot be made"):
+        return
+    failures = sum(_failed([*_PIP, line], f"{line} cannot be installed") for line in requirements())
+    if not failures:
         _STAMP.write_text(_wanted())
 
 
