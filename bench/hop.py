@@ -206,7 +206,7 @@ class ZmqWriter:
         self._socket.connect(f"ipc://{folder}/zmq")
 
     def send(self, samples: Samples) -> None:
-        self._socket.send(samples, copy=False)
+        self._socket.send(samples.data, copy=False)
 
 
 class ZmqReader:
