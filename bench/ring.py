@@ -77,6 +77,7 @@ class Host:
     """The program that holds the two processes of a transport."""
 
     def __init__(self, transport: str) -> None:
+        self._transport = transport
         interpreter = sys.executable if TRANSPORTS[transport].package is None else str(peers.python())
         self._program = subprocess.Popen(
             [interpreter, "-m", "bench.hop", transport],
@@ -103,7 +104,10 @@ class Host:
     def result(self) -> Task:
         """What came of it."""
         assert self._program.stdout is not None
-        result: Task = json.loads(self._program.stdout.readline())
+        line = self._program.stdout.readline()
+        if not line:
+            raise ChildProcessError(f"bench.hop {self._transport} ended: exit code {self._program.wait()}")
+        result: Task = json.loads(line)
         return result
 
     def carry_out(self, task: Task) -> Task:

@@ -99,8 +99,8 @@ def page(report: Report) -> str:
     parts = [
         "# Measured side by side",
         "Made by `make bench`, which runs us and each peer on the same work, in one run, in turns. A figure with two "
-        "in brackets is the median of the repeats, with the smallest and the largest; ratios are taken within a repeat. "
-        "The same, with every repeat, is in [benchmarks.json](benchmarks.json).",
+        "in brackets is the median of the repeats, with the smallest and the largest; ratios are taken within a "
+        "repeat. The same, with every repeat, is in [benchmarks.json](benchmarks.json).",
         results.markdown_table(["", ""], [[key, value] for key, value in report.machine.items()]),
         f"{report.seconds / 60:.0f} minutes; {met} of {len(targets)} targets met.",
         *_missed(targets),
