@@ -362,7 +362,7 @@ runs on a GPU."""
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, help="of a turn; 20, or of a section's 4")
+    parser.add_argument("--seconds", type=float, help="of a turn; 20, or of a section's 3")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", nargs="+", choices=["echo", "moshi"], default=["echo", "moshi"])
     parser.add_argument("--json", type=Path)
@@ -374,7 +374,7 @@ def main() -> None:
         kind, events = arguments.monitor
         MONITORS[kind](Path(events))
     if arguments.section:
-        suite.finish(section(arguments.seconds or 4.0, arguments.rounds, arguments.engine), arguments.section)
+        suite.finish(section(arguments.seconds or 3.0, arguments.rounds, arguments.engine), arguments.section)
         return
     arguments.seconds = arguments.seconds or 20.0
     results = {
