@@ -3,16 +3,19 @@
 By real processes, and by the names of modules, not by the clock.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 from tests.runs import PIPELINE, Runs
 
 ROOT: Final = Path(__file__).parent.parent
+THREADS: Final = "OPENBLAS_NUM_THREADS"
 
 FOR_TERMINALS: Final = {"click", "rich", "textual", "pygments", "prompt_toolkit"}
 FOR_MODELS: Final = {"mlx", "moshi_mlx", "rustymimi", "sentencepiece", "huggingface_hub", "safetensors", "sphn"}
@@ -86,3 +89,15 @@ def test_a_run_ends_without_what_only_models_need() -> None:
     found = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"rich", "psutil", "pipeline.report"} <= found
     assert found & (FOR_MODELS | {"pipeline.checkpoints", "pipeline.synthesis", "soundfile", "textual"}) == set()
+
+
+def test_blas_starts_threads_only_where_a_model_may_use_them() -> None:
+    """numpy's would have nothing to do; that of mlx on a processor has."""
+    environment = {name: value for name, value in os.environ.items() if name != THREADS}
+    with Runs() as runs:
+        runs.environment = environment | {"PIPELINE_RUNTIME_DIR": runs.environment["PIPELINE_RUNTIME_DIR"]}
+        with runs.up("--engine", "echo", "--input", "tone:440", "--output", "null") as run:
+            stages = run.running()["stages"]
+            found = {name: psutil.Process(stage["pid"]).environ().get(THREADS) for name, stage in stages.items()}
+            run.interrupt()
+    assert found == {"capture": "1", "playback": "1", "inference": None}
