@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import queue
 import resource
-import select
 import shutil
 import sys
 import tempfile
@@ -106,22 +105,24 @@ class RingReader:
         return out
 
 
-class BellReader(RingReader):
-    """Waits for the bell alone, by poll()."""
+class PromotedWriter(RingWriter):
+    """At the priority of the thread in which an audio device calls."""
 
     def __init__(self, folder: Path, shared: Any) -> None:
-        super().__init__(folder, shared)
-        self._poll = select.poll()
-        self._poll.register(self._bell, select.POLLIN)
+        from pipeline.timing import promote_thread
 
-    def receive(self, samples: int) -> Samples:
-        out = np.empty(samples, np.float32)
-        while self._reader.available < samples:
-            self._poll.poll()
-            self._bell.clear()
-        self._reader.read(out)
-        self._reader.consume(samples)
-        return out
+        super().__init__(folder, shared)
+        promote_thread()
+
+
+class PromotedReader(RingReader):
+    """At the priority of an inference stage that only copies."""
+
+    def __init__(self, folder: Path, shared: Any) -> None:
+        from pipeline.timing import promote_thread
+
+        super().__init__(folder, shared)
+        promote_thread()
 
 
 @contextmanager
@@ -290,7 +291,7 @@ def iceoryx2_place(folder: Path) -> Iterator[Any]:
 
 TRANSPORTS: Final[dict[str, tuple[type[Writer], type[Reader], Any]]] = {
     "ring": (RingWriter, RingReader, ring_place),
-    "bell": (RingWriter, BellReader, ring_place),
+    "promoted": (PromotedWriter, PromotedReader, ring_place),
     "queue": (QueueWriter, QueueReader, queue_place),
     "polled": (QueueWriter, PollingReader, queue_place),
     "zmq": (ZmqWriter, ZmqReader, nothing),

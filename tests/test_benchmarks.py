@@ -155,7 +155,7 @@ def leftovers() -> set[Path]:
 
 
 @pytest.mark.usefixtures("own_python")
-@pytest.mark.parametrize("transport", ["ring", "queue", "polled", "zmq"])
+@pytest.mark.parametrize("transport", ["ring", "promoted", "queue", "polled", "zmq"])
 def test_every_message_comes_over(transport: str) -> None:
     with ring.hosts([transport]) as running:
         for samples, interval_s in ((FRAME, 0.002), (ring.BLOCK, 0.0)):
@@ -188,9 +188,9 @@ def test_a_message_that_is_missing_is_noticed() -> None:
 
 @pytest.mark.usefixtures("own_python")
 def test_all_is_measured_and_a_peer_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = {name: ring.TRANSPORTS[name] for name in ("ring", "queue")}
+    two = {name: ring.TRANSPORTS[name] for name in ("ring", "promoted", "queue")}
     monkeypatch.setattr(ring, "TRANSPORTS", two | {"iceoryx2": ring.Transport("iceoryx2", "iceoryx2")})
-    monkeypatch.setattr(ring, "installed", lambda: {"ring": "", "queue": "2", "iceoryx2": None})
+    monkeypatch.setattr(ring, "installed", lambda: {"ring": "", "promoted": "", "queue": "2", "iceoryx2": None})
     monkeypatch.setattr(ring, "_BURST", {FRAME: 50, ring.BLOCK: 50})
     section = ring.measure(seconds=0.2, messages=10, repeats=2)
     assert [table.title for table in section.tables[-2:]] == ["CPU, in % of a core", "Back to back"]
@@ -198,5 +198,7 @@ def test_all_is_measured_and_a_peer_that_is_missing_is_said_to_be(monkeypatch: p
     assert all(len(row) == len(table.columns) for table in section.tables for row in table.rows)
     against = [target for target in section.targets if "iceoryx2" in target.what]
     assert {(target.measured, target.met) for target in against} == {("not installed", False)}
+    titles = [[row[0] for row in table.rows] for table in section.tables[: len(ring.cases())]]
+    assert [len(found) for found in titles] == [3 if case.busy else 2 for case in ring.cases()]
     assert all(len(turns) == 2 for case in section.figures["paced"].values() for turns in case.values())
     assert msgspec.json.decode(msgspec.json.encode(section), type=Section) == section
