@@ -266,16 +266,19 @@ class Iceoryx2Writer:
 
 
 class Iceoryx2Reader:
-    """Sleeps in the listener; copies the sample, so that it goes back at once."""
+    """Sleeps in the listener, no longer than a stage does; copies the sample, so that it goes back at once."""
 
     def __init__(self, folder: Path, shared: Any) -> None:
+        import iceoryx2 as iox2
+
+        self._tick = iox2.Duration.from_millis(round(_TICK_S * 1_000))
         self._messages, self._events = iceoryx2_services(folder)
         self._subscriber = self._messages.subscriber_builder().create()
         self._listener = self._events.listener_builder().create()
 
     def receive(self, samples: int) -> Samples:
         while (sample := self._subscriber.receive()) is None:
-            self._listener.blocking_wait()
+            self._listener.timed_wait(self._tick)
         received = np.frombuffer(sample.payload().as_memory_view(), np.float32).copy()
         sample.delete()
         return received

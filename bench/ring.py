@@ -9,6 +9,8 @@ whole run and take turns, so that whatever else the machine does meets all of th
 import argparse
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ Turns = dict[str, list[dict[str, float]]]
 BLOCK: Final = SAMPLE_RATE // 100
 _PERCENTILES: Final = (1, 5, 10, 25, 50, 75, 90, 95, 98, 99, 99.5, 99.9)
 _BURST: Final = {FRAME: 2_000, BLOCK: 5_000}
+_PATIENCE_S: Final = 60.0
 _FIFTH: Final = 0.2
 _TWICE: Final = 2.0
 
@@ -90,6 +93,7 @@ class Host:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # with the processes that it starts
         )
         self.carry_out({"samples": LARGEST, "count": 20, "interval_s": 0.005, "before_s": 0.0})
 
@@ -97,7 +101,11 @@ class Host:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._program.communicate()
+        try:
+            self._program.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._program.pid, signal.SIGKILL)
+            self._program.communicate()
 
     def begin(self, task: Task) -> None:
         """Give it a task."""
@@ -108,9 +116,10 @@ class Host:
     def result(self) -> Task:
         """What came of it."""
         assert self._program.stdout is not None
-        line = self._program.stdout.readline()
+        ready, _, _ = select.select([self._program.stdout], [], [], _PATIENCE_S)
+        line = self._program.stdout.readline() if ready else ""
         if not line:
-            raise ChildProcessError(f"bench.hop {self._transport} ended: exit code {self._program.wait()}")
+            raise ChildProcessError(f"bench.hop {self._transport} gave no result within {_PATIENCE_S:g} s, or ended")
         result: Task = json.loads(line)
         return result
 
