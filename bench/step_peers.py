@@ -25,6 +25,7 @@ table, a JSON line a run, and what the runs printed. On a Mac with MLX, where th
 
     python -m bench.step_peers --all --order AB BA LONG --out DIR --budget 3600 --limit 900
 
+--section is a part of `make bench`: `stock` and `ours` in turn, of size tiny, on whatever mlx computes with here.
 """
 
 import argparse
@@ -37,12 +38,14 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -50,6 +53,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from bench import results
+from bench.results import Plot, Section, Table, Target
 from pipeline.headers import Tensor
 from pipeline.layout import DEFAULT_QUALITY, OFFICIAL, QUALITIES, ModelConfig, model_table
 from pipeline.synthesis import SIZES, palette
@@ -490,6 +495,115 @@ def agreement(rows: list[Figures]) -> str:
     return "".join(f"\n{line}" for line in shown)
 
 
+# A part of the suite
+
+
+SECTION_QUALITIES: Final = ("q4", "bf16")
+SECTION_FRAMES: Final = 100
+_SECTION_LIMIT_S: Final = 180.0
+
+_SECTION_TEXT: Final = """\
+A step of the language model: eight codes that were heard go in, a text token and eight codes to speak come out.
+*Stock* is moshi_mlx's LmGen, called and read back as its `local.py` does; *ours* is `procs/model/generator.py`, with
+the same sampling and the same weights, which are random, of size tiny ({layers} layers of {dim}; Moshi has 32 of
+4096). On {device}. Each run is a process of its own, {frames} frames after {untimed} that are not timed; stock and
+ours take turns, in both orders. A tiny model's step is nearly all host work, the part that is ours to shorten; of the
+true model's, most is reading its weights, which is the same for both. True shapes on a GPU: [model.md](model.md).
+
+Where both take the likeliest tokens: {agreed}."""
+
+
+def section(frames: int, repeats: int) -> Section:
+    """Stock and ours in turn, in both orders."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="plstep") as made:
+        out = Path(made)
+        rows = [
+            _section_run(order, peer, quality, frames, out)
+            for _ in range(repeats)
+            for order in ("AB", "BA")
+            for quality in SECTION_QUALITIES
+            for peer in (("stock", "ours") if order == "AB" else ("ours", "stock"))
+        ]
+        greedy = [
+            _section_run("AB", peer, quality, FIRST, out, greedy=True)
+            for quality in SECTION_QUALITIES
+            for peer in ("stock", "ours")
+        ]
+    tiny = SIZES["tiny"].config
+    text = _SECTION_TEXT.format(
+        layers=tiny["num_layers"],
+        dim=tiny["dim"],
+        device=rows[0]["device"],
+        frames=frames,
+        untimed=rows[0]["untimed_frames"],
+        agreed="; ".join(agreement(greedy).split("\n")[1::2]),
+    )
+    pairs = {quality: _pairs(rows, quality) for quality in SECTION_QUALITIES}
+    series: dict[str, list[tuple[float | str, float]]] = {
+        peer: [(quality, median(pair[peer]["p50_ms"] for pair in pairs[quality])) for quality in pairs]
+        for peer in ("stock", "ours")
+    }
+    return Section(
+        name="step",
+        title="The model's step",
+        command=f"python -m bench.step_peers --section FILE --frames {frames} --repeats {repeats}",
+        text=text,
+        seconds=time.monotonic() - began,
+        tables=[_section_table(pairs)],
+        targets=[_section_target(quality, found) for quality, found in pairs.items()],
+        plots=[Plot("step", "A step of the tiny model, p50", "", "ms", "bars", False, series)],
+        figures={"runs": rows, "greedy": greedy},
+    )
+
+
+def _section_run(order: str, peer: str, quality: str, frames: int, out: Path, greedy: bool = False) -> Figures:
+    arguments = argparse.Namespace(
+        size="tiny", frames=frames, seed=0, greedy=greedy, import_torch=False, limit=_SECTION_LIMIT_S
+    )
+    row: Figures = {"order": order, "peer": peer, "quality": quality, "context": 0}
+    row |= _run(row, arguments, out, _SECTION_LIMIT_S)
+    if "fault" in row:
+        raise RuntimeError(f"{peer} {quality}: {row['fault']}")
+    return row
+
+
+def _pairs(rows: list[Figures], quality: str) -> list[dict[str, Figures]]:
+    """Runs of one quality that followed each other."""
+    found = [row for row in rows if row["quality"] == quality]
+    return [{row["peer"]: row for row in pair} for pair in zip(found[::2], found[1::2], strict=True)]
+
+
+def _ratios(pairs: list[dict[str, Figures]], key: str) -> list[float]:
+    return [pair["ours"][key] / pair["stock"][key] for pair in pairs]
+
+
+def _section_table(pairs: dict[str, list[dict[str, Figures]]]) -> Table:
+    rows = []
+    for quality, found in pairs.items():
+        cells = []
+        for key in ("p50_ms", "p99_ms"):
+            cells += [results.spread([pair[peer][key] for pair in found]) for peer in ("stock", "ours")]
+            cells.append(results.spread(_ratios(found, key)))
+        rows.append([quality, *cells])
+    columns = [
+        "quality",
+        "stock, p50 ms",
+        "ours, p50 ms",
+        "ours / stock",
+        "stock, p99 ms",
+        "ours, p99 ms",
+        "ours / stock",
+    ]
+    return Table("A step", columns, rows, "ours / stock: of runs that followed each other.")
+
+
+def _section_target(quality: str, pairs: list[dict[str, Figures]]) -> Target:
+    ratios = _ratios(pairs, "p50_ms")
+    measured = f"{results.spread(ratios)} times"
+    return Target(f"{quality}: our step's p50 against stock's", "shorter", measured, median(ratios) < 1)
+
+
 def _available() -> list[str]:
     return [peer for peer in PEERS if peer != "pytorch" or importlib.util.find_spec("moshi") is not None]
 
@@ -499,9 +613,11 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--peer", choices=PEERS)
     what.add_argument("--all", action="store_true")
+    what.add_argument("--section", type=Path, metavar="FILE")
     parser.add_argument("--quality", choices=QUALITIES, default=DEFAULT_QUALITY)
     parser.add_argument("--size", choices=SIZES, default="7b")
-    parser.add_argument("--frames", type=int, default=500)
+    parser.add_argument("--frames", type=int, help=f"timed ones; 500, or of a section's {SECTION_FRAMES}")
+    parser.add_argument("--repeats", type=int, default=2, help="of a section")
     parser.add_argument("--context", type=int, default=0, help="frames before the timed ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
@@ -513,6 +629,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=180.0, help="seconds for a run of --all")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for all of --all")
     arguments = parser.parse_args()
+    if arguments.section:
+        results.finish(section(arguments.frames or SECTION_FRAMES, arguments.repeats), arguments.section)
+        return
+    arguments.frames = arguments.frames or 500
     if arguments.all:
         if arguments.out is None:
             parser.error("--all needs --out")

@@ -1,6 +1,7 @@
 """What monitors cost a run: its stages, the supervisor, and the audio.
 
     python -m bench.telemetry [--seconds 20] [--rounds 3] [--engine echo|moshi ...] [--json FILE] [--page FILE]
+    python -m bench.telemetry --section FILE    as a part of `make bench`: none, one and 50 monitors, in two minutes
 
 One `pipeline up` an engine, in real time, tone in and nothing out; for moshi a made-up tiny checkpoint, q4. Kinds of
 monitors take turns in it, each for as long, again and again, so that whatever else the machine does meets all of them.
@@ -15,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,8 @@ import msgspec
 import numpy as np
 import psutil
 
+from bench import results as suite
+from bench.results import Plot, Section, Table, Target
 from pipeline import control, messages
 from pipeline.control import Hub, StageLink, Subscription
 from pipeline.messages import Reply, StatusReport, TimingRecord
@@ -42,6 +45,10 @@ _REPORTS: Final = 500
 """Reports that are made in a row: fewer than a link keeps."""
 
 NONE: Final = "none"
+AUDIO: Final = ("capture", "playback")
+
+MOST_MS: Final = 0.1
+"""That telemetry may cost a stage a frame."""
 
 
 # The monitors, each in a process of its own
@@ -73,9 +80,12 @@ def visit(events: Path) -> None:
         subscription.close()
 
 
+ONE_READS: Final = "one that reads"
+MANY_READ: Final = f"{MANY} that read"
+
 MONITORS: Final[dict[str, Callable[[Path], None]]] = {
-    "one that reads": read,
-    f"{MANY} that read": lambda events: read(events, MANY),
+    ONE_READS: read,
+    MANY_READ: lambda events: read(events, MANY),
     "one that never reads": neglect,
     "one that comes and goes every 20 ms": visit,
 }
@@ -160,8 +170,8 @@ class Watched:
                 "steps_ms": steps}  # fmt: skip
 
 
-def measure(engine: str, seconds: float, rounds: int) -> Figures:
-    """One run, with all kinds of monitors in turn."""
+def measure(engine: str, seconds: float, rounds: int, monitors: Iterable[str] = tuple(MONITORS)) -> Figures:
+    """One run, with kinds of monitors in turn."""
     with Runs() as runs:
         options = ["--engine", engine, "--input", "tone:440", "--output", "null"]
         if engine == "moshi":
@@ -170,7 +180,7 @@ def measure(engine: str, seconds: float, rounds: int) -> Figures:
         with runs.up(*options, "--config", str(runs.config("[playback]\nprebuffer_ms = 80\n"))) as run:
             run.running()
             watched = Watched(runs.folder / "run" / "default", run.process.pid)
-            turns: dict[str, list[Figures]] = {kind: [] for kind in (NONE, *MONITORS)}
+            turns: dict[str, list[Figures]] = {kind: [] for kind in (NONE, *monitors)}
             for _ in range(rounds):
                 for kind, done in turns.items():
                     done.append(watched.turn(kind, seconds))
@@ -194,6 +204,9 @@ def summed(turns: list[Figures]) -> Figures:
         "frames": frames,
         "cpu_percent": {name: 100 * used / seconds for name, used in cpu_s.items()},
         "ms_a_frame": {name: 1e3 * used / frames for name, used in cpu_s.items()},
+        "turns_ms_a_frame": [
+            {name: 1e3 * used / turn["frames"] for name, used in turn["cpu_s"].items()} for turn in turns
+        ],
         "step_p50_ms": float(np.percentile(steps, 50)),
         "step_p95_ms": float(np.percentile(steps, 95)),
         **{name: sum(turn[name] for turn in turns) for name in ("late", "gaps", "dropped")},
@@ -273,19 +286,97 @@ def _row(kind: str, row: Figures) -> str:
     return f"| {kind} | {' | '.join(cells)} | {steps} | {row['late']} | {row['dropped']} | {row['gaps']} |"
 
 
+# A part of the suite
+
+
+_SECTION_TEXT: Final = """\
+One `pipeline up` an engine, tone in, nothing out; no monitor, one and {many} take turns of {seconds:g} s in it,
+{rounds} times. Monitors are in a process of their own and subscribe to everything; what they use themselves is not
+counted, but on few cores they keep the run waiting like any other program. moshi is a tiny model of random weights. A
+report of {bytes} bytes takes a stage's thread {p50:.1f} µs (p50; p99 {p99:.1f}), once a frame, whoever listens: a
+stage tells the supervisor, and never speaks to a monitor. What is of either sign is noise.
+[telemetry.md](telemetry.md) has longer runs, and monitors that misbehave."""
+
+
+def more_ms(kinds: Figures, kind: str) -> dict[str, list[float]]:
+    """What a kind of monitors cost each process a frame, more than none did in the turn before it, turn by turn."""
+    pairs = list(zip(kinds[kind]["turns_ms_a_frame"], kinds[NONE]["turns_ms_a_frame"], strict=True))
+    return {name: [turn[name] - alone[name] for turn, alone in pairs] for name in pairs[0][0]}
+
+
+def section(seconds: float, rounds: int, engines: list[str]) -> Section:
+    """No monitor, one, and 50."""
+    began = time.monotonic()
+    report = report_us()
+    found = {engine: measure(engine, seconds, rounds, (ONE_READS, MANY_READ)) for engine in engines}
+    took_ms = report["p50"] / 1e3
+    targets = [Target("a report, no monitor", f"under {MOST_MS} ms a frame", f"{took_ms:.4f} ms", took_ms < MOST_MS)]
+    for engine, kinds in found.items():
+        targets += [_target(engine, kinds, kind) for kind in (ONE_READS, MANY_READ)]
+    series: dict[str, list[tuple[float | str, float]]] = {
+        f"{engine}, {kind}": [(name, row["ms_a_frame"][name]) for name in (*AUDIO, "supervisor")]
+        for engine, kinds in found.items()
+        for kind, row in kinds.items()
+    }
+    return Section(
+        name="telemetry",
+        title="What monitors cost",
+        command=f"python -m bench.telemetry --section FILE --seconds {seconds:g} --rounds {rounds}",
+        text=_SECTION_TEXT.format(many=MANY, seconds=seconds, rounds=rounds, **report),
+        seconds=time.monotonic() - began,
+        tables=[_table(engine, kinds) for engine, kinds in found.items()],
+        targets=targets,
+        plots=[Plot("telemetry", "Processor time a frame", "", "ms", "bars", False, series)],
+        figures={"report_us": report, "engines": found},
+    )
+
+
+def _table(engine: str, kinds: Figures) -> Table:
+    names = (*AUDIO, "inference", "supervisor")
+    rows = []
+    for kind, row in kinds.items():
+        used = [suite.spread([turn[name] for turn in row["turns_ms_a_frame"]]) for name in names]
+        steps = f"{row['step_p50_ms']:.2f} / {row['step_p95_ms']:.2f}"
+        rows.append([kind, *used, steps, str(row["late"]), str(row["dropped"]), str(row["gaps"])])
+    columns = ["monitors", *(f"{name}, ms a frame" for name in names), "step p50 / p95, ms", "late", "dropped", "gaps"]
+    return Table(f"Processor time with {engine}", columns, rows)
+
+
+def _target(engine: str, kinds: Figures, kind: str) -> Target:
+    """Of the stage that these monitors cost most."""
+    costs = more_ms(kinds, kind)
+    worst = max((*AUDIO, "inference"), key=lambda name: median(costs[name]))
+    met = median(costs[worst]) < MOST_MS
+    why = _WHY if (engine, worst, met) == ("moshi", "inference", False) else ""
+    measured = f"{suite.spread(costs[worst])} ms more"
+    what = f"{engine}, {kind}: {worst}, which it costs most"
+    return Target(what, f"under {MOST_MS} ms a frame more", measured, met, why)
+
+
+_WHY: Final = """\
+A report costs inference the same with monitors and without. But on a processor the model's step computes on all
+cores, and a monitor's own process makes it longer, as any other program does. Not measured on a machine whose model
+runs on a GPU."""
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, help="of a turn; 20, or of a section's 3")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", nargs="+", choices=["echo", "moshi"], default=["echo", "moshi"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--section", type=Path)
     parser.add_argument("--monitor", nargs=2, metavar=("KIND", "EVENTS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.monitor:
         kind, events = arguments.monitor
         MONITORS[kind](Path(events))
+    if arguments.section:
+        suite.finish(section(arguments.seconds or 3.0, arguments.rounds, arguments.engine), arguments.section)
+        return
+    arguments.seconds = arguments.seconds or 20.0
     results = {
         "command": f"python -m bench.telemetry --seconds {arguments.seconds:g} --rounds {arguments.rounds}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

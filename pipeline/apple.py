@@ -5,7 +5,6 @@ Each item rests on what others measured there; the source is named beside it.
 """
 
 import ctypes
-import subprocess
 import sys
 from typing import Final
 
@@ -29,6 +28,8 @@ def sysctl(name: str) -> str | None:
     """What the system says of itself under `name`; None where it is not macOS, or there is no such name."""
     if not is_macos():
         return None
+    import subprocess
+
     try:
         done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=_SYSCTL_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

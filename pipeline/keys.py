@@ -13,11 +13,9 @@ import contextlib
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
 from typing import Final
 
-import platformdirs
 from msgspec import Struct
 
 from pipeline.config import Address
@@ -45,7 +43,11 @@ class Found(Struct, kw_only=True):
 def folder() -> Path:
     """Where this machine's keys are."""
     given = os.environ.get("PIPELINE_KEYS_DIR")
-    return Path(given) if given else Path(platformdirs.user_config_dir("pipeline", appauthor=False)) / "keys"
+    if given:
+        return Path(given)
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("pipeline", appauthor=False)) / "keys"
 
 
 def found() -> Found:
@@ -133,6 +135,8 @@ def _make_folder(path: Path) -> None:
 
 def _install(name: str, places: dict[str, Path]) -> None:
     """Make a pair, and move its two files to where they belong. Raises ControlError where one is there."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(dir=folder()) as made:  # for this user alone, as mkdtemp's are
         make_keys(Path(made), name)
         for file, place in places.items():
@@ -140,6 +144,8 @@ def _install(name: str, places: dict[str, Path]) -> None:
 
 
 def _copy(source: Path, place: Path) -> None:
+    import tempfile
+
     with tempfile.NamedTemporaryFile(dir=folder()) as copy:
         copy.write(source.read_bytes())
         copy.flush()

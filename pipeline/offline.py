@@ -5,11 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from msgspec import Struct
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pipeline.config import Config
 from pipeline.errors import EXIT_REFUSED, ConfigError
@@ -19,6 +17,9 @@ from pipeline.supervisor import Supervisor
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import SAMPLE_RATE
 from pipeline.words import Word, Words
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SEED: Final = 0
 """The seed where none is given: the same input gives the same answer."""
@@ -107,7 +108,9 @@ class Result(Struct, kw_only=True):
 class Run:
     """One run from file to file. Its lines and its progress, where that is a terminal, go to `console`."""
 
-    def __init__(self, config: Config, folder: RunFolder, transcript: Transcript, console: Console) -> None:
+    def __init__(self, config: Config, folder: RunFolder, transcript: Transcript, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
         self._config = config
         self._transcript = transcript
         self._console = console

@@ -4,7 +4,6 @@ import sys
 from collections import deque
 from typing import Final, NamedTuple
 
-from pipeline import budget, checkpoints, chips
 from pipeline.config import Config
 from pipeline.errors import CheckpointError
 from pipeline.messages import TimingRecord
@@ -73,6 +72,8 @@ def lighter(config: Config) -> tuple[str | None, str] | None:
     """The same model in the fastest quality, as `model` and `quality`, if its files are on this machine."""
     if config.engine != "moshi" or config.quality == LIGHT:
         return None
+    from pipeline import checkpoints
+
     model = config.model
     if model is not None and not checkpoints.is_folder(model) and (label := checkpoints.label_of(model)):
         model = model.removesuffix(label) + LIGHT
@@ -85,6 +86,8 @@ def lighter(config: Config) -> tuple[str | None, str] | None:
 
 def advice(config: Config) -> str:
     """What the user can do, in a line."""
+    from pipeline import budget, chips
+
     if config.engine == "moshi" and config.quality != LIGHT:
         first = "" if lighter(config) else f"`pipeline models pull --quality {LIGHT}`, and then "
         return f"{LIGHT} is faster than {config.quality}: {first}`pipeline up --quality {LIGHT}`"

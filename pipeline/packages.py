@@ -7,7 +7,6 @@ out there, and keeps to its pins elsewhere. `make install` installs it without t
 import importlib.util
 import re
 import sys
-from importlib import metadata
 from typing import Final
 
 from pipeline.errors import ConfigError
@@ -42,6 +41,8 @@ def versions() -> dict[str, str | None]:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -10,8 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Final
 
-import platformdirs
-
 from pipeline import ring
 from pipeline.errors import ConfigError, ControlError
 from pipeline.topology import PROCESSES, RECORDER, RINGS
@@ -32,6 +30,8 @@ def base() -> Path:
     given = os.environ.get("PIPELINE_RUNTIME_DIR")
     if given:
         return Path(given)
+    import platformdirs
+
     with warnings.catch_warnings():
         # Without XDG_RUNTIME_DIR it takes a folder in /tmp; `make` sees to it that it is nobody else's.
         warnings.simplefilter("ignore")

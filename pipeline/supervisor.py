@@ -13,9 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
-
-import psutil
+from typing import TYPE_CHECKING, Final
 
 from pipeline import accounting, keys, messages, overload
 from pipeline import config as settings
@@ -69,6 +67,9 @@ from pipeline.runtime import RunFolder, private
 from pipeline.timing import NS_PER_MS, NS_PER_S, Durations, now_ns
 from pipeline.topology import FRAME_MS, PROCESSES, RECORDER, RINGS, SAMPLE_RATE, Process, StageName, Tap
 from pipeline.worker import HEARTBEAT_S, SHOW_STACKS
+
+if TYPE_CHECKING:
+    import psutil
 
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
@@ -133,6 +134,8 @@ def launch(process: Process | Tap, folder: RunFolder, alive: int, *arguments: st
     # -P: what lies in the folder that the user happens to be in is not to be imported.
     command = [sys.executable, "-P", "-m", process.module, "--name", folder.name, "--supervised", str(alive)]
     command += arguments
+    # numpy's BLAS would start a thread for each core, and have no work for them. MLX's on a processor has.
+    threads = {} if process.name == "inference" else {"OPENBLAS_NUM_THREADS": "1"}
     with open(folder.log(process.name), "ab", opener=private) as log:
         return subprocess.Popen(
             command,
@@ -141,7 +144,7 @@ def launch(process: Process | Tap, folder: RunFolder, alive: int, *arguments: st
             stderr=log,
             pass_fds=(alive,),
             start_new_session=True,  # Ctrl-C in the terminal is for the supervisor alone
-            env=os.environ | {"PIPELINE_RUNTIME_DIR": str(folder.path.parent)},
+            env=threads | os.environ | {"PIPELINE_RUNTIME_DIR": str(folder.path.parent)},
         )
 
 
@@ -191,6 +194,8 @@ class _StageProcess:
             lost_reports=self.lost_reports,
         )
         if status.pid is not None:
+            import psutil  # while the stages load, and not before them
+
             with contextlib.suppress(psutil.Error, OSError):  # OSError: this process may open no more files
                 process = psutil.Process(status.pid)
                 status.memory_mb = process.memory_info().rss / _MEBI
@@ -522,6 +527,8 @@ class Supervisor:
     def _is_stopped(self, stage: _StageProcess) -> bool:
         """Whether it was stopped by a signal: then whoever did that will let it go on."""
         stopped = False
+        import psutil
+
         with contextlib.suppress(psutil.Error, OSError):
             stopped = stage.popen is not None and psutil.Process(stage.popen.pid).status() == psutil.STATUS_STOPPED
         if stopped and not stage.stopped:
@@ -893,6 +900,8 @@ def _allow_files() -> None:
 
 def end_orphans(folder: RunFolder) -> None:
     """Stages of a supervisor that was killed leave by themselves; one that is stuck is killed."""
+    import psutil
+
     ours = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -915,7 +924,9 @@ def _is_stage_of(command: list[str], name: str) -> bool:
     return "--supervised" in command and name in command and not modules.isdisjoint(command)
 
 
-def _runtime_dir(process: psutil.Process) -> str:
+def _runtime_dir(process: "psutil.Process") -> str:
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         return process.environ().get("PIPELINE_RUNTIME_DIR", "")
     return ""

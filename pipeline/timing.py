@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Final
 
-from hdrh.histogram import HdrHistogram
+import numpy as np
+import numpy.typing as npt
 
 from pipeline import apple
 from pipeline.messages import Spread, StageSpread
@@ -54,6 +55,8 @@ class Durations:
     """Durations of a run, however long, in bounded memory: an HDR histogram in µs, exact to three digits."""
 
     def __init__(self) -> None:
+        from hdrh.histogram import HdrHistogram
+
         self._histogram = HdrHistogram(1, _LONGEST_US, _DIGITS)
         self._late = 0
 
@@ -66,14 +69,20 @@ class Durations:
         """What was counted so far."""
         if not self._histogram.get_total_count():
             return Spread()
-        at_us = self._histogram.get_percentile_to_value_dict([50, 95, 99])
+        sums = np.asarray(self._histogram.counts).view(np.int64).cumsum()
         return Spread(
             frames=self._histogram.get_total_count(),
-            p50_ms=at_us[50] / 1_000,
-            p95_ms=at_us[95] / 1_000,
-            p99_ms=at_us[99] / 1_000,
+            p50_ms=self._at_us(sums, 50) / 1_000,
+            p95_ms=self._at_us(sums, 95) / 1_000,
+            p99_ms=self._at_us(sums, 99) / 1_000,
             max_ms=self._histogram.get_max_value() / 1_000,
         )
+
+    def _at_us(self, sums: npt.NDArray[np.int64], percent: int) -> int:
+        """A percentile, as the histogram's own method finds it count by count, which takes the supervisor 1 ms."""
+        histogram = self._histogram
+        index = int(np.searchsorted(sums, histogram.get_target_count_at_percentile(percent)))
+        return int(histogram.get_highest_equivalent_value(histogram.get_value_from_index(index)))
 
     def stage_spread(self) -> StageSpread:
         """The same, with the number of durations over a frame's."""

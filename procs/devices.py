@@ -1,6 +1,7 @@
 """Where samples come from and go to: PortAudio devices, sound files, and stand-ins that need no sound card.
 
 The only module that imports sounddevice, and only when a device is asked for: from file to file needs no PortAudio.
+What reads files, and what resamples, is imported only when it is needed too: a stage is ready sooner without.
 
 Every input calls `on_block(samples, adc_ns, xrun)` and every output `on_block(samples, dac_ns, xrun)`, in a thread of
 its own, with samples of shape (n,), float32, mono, at 24 kHz. `adc_ns` and `dac_ns` are when the device converted, or
@@ -12,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -20,11 +20,9 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import numpy as np
-import soundfile
-import soxr
 
 from pipeline import apple
 from pipeline.audio import FULL_SCALE, Samples
@@ -32,6 +30,10 @@ from pipeline.drift import MOST_PPM, PPM, Vernier
 from pipeline.errors import DeviceError, DeviceLostError, PipelineError
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns, promote_thread, threads
 from pipeline.topology import FRAME, SAMPLE_RATE
+
+if TYPE_CHECKING:
+    import soundfile
+    import soxr
 
 OnBlock = Callable[[Samples, int, bool], None]
 Ppm = Callable[[], float]
@@ -123,10 +125,12 @@ class Absent(Unopened):
         return self._why
 
 
-def _resampler(source_rate: int, target_rate: int) -> soxr.ResampleStream | None:
+def _resampler(source_rate: int, target_rate: int) -> "soxr.ResampleStream | None":
     """What brings mono samples from one rate to the other; None where they are the same."""
     if source_rate == target_rate:
         return None
+    import soxr
+
     return soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32", quality=_RESAMPLER)
 
 
@@ -227,9 +231,10 @@ class _Mover:
         try:
             self._move()
         except Exception as error:  # whatever it is, the stage has to hear of it
-            if not isinstance(error, OSError | soundfile.LibsndfileError | PipelineError):
+            why = getattr(error, "error_string", None)  # of libsndfile, which need not be loaded
+            if not (why or isinstance(error, OSError | PipelineError)):
                 traceback.print_exc()
-            self.failure = DeviceError(f"{self._detail}: {getattr(error, 'error_string', None) or error}")
+            self.failure = DeviceError(f"{self._detail}: {why or error}")
 
     def _move(self) -> None:
         raise NotImplementedError
@@ -369,8 +374,8 @@ class _PacedInput:
         self._first = True
         try:
             self._block = next(blocks, None)  # to read a file for the first time takes long
-        except soundfile.LibsndfileError as error:
-            raise DeviceError(f"input {detail}: {error.error_string}") from None
+        except RuntimeError as error:  # of libsndfile, which need not be loaded
+            raise DeviceError(f"input {detail}: {getattr(error, 'error_string', error)}") from None
         self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn, lambda: skew_ppm)
 
     def _turn(self, due_ns: int) -> bool:
@@ -425,7 +430,9 @@ class _PacedOutput:
         return self._pace.failure
 
 
-def _open_source(path: Path) -> soundfile.SoundFile:
+def _open_source(path: Path) -> "soundfile.SoundFile":
+    import soundfile
+
     try:
         source = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
@@ -502,6 +509,8 @@ class _FileSink:
     """
 
     def __init__(self, path: Path, resume: bool) -> None:
+        import soundfile
+
         self._path = path
         self._resume = resume
         self._file: soundfile.SoundFile | None = None
@@ -519,6 +528,8 @@ class _FileSink:
             raise DeviceError(f"output file:{path}: cannot be written: not permitted")
 
     def open(self) -> None:
+        import soundfile
+
         path, kind = self._path, self._kind
         try:
             if self._resume and path.exists():
@@ -539,6 +550,8 @@ class _FileSink:
 
     def write(self, samples: Samples) -> None:
         if self._file is not None:
+            import soundfile
+
             try:
                 self._file.write(samples)
             except soundfile.LibsndfileError as error:
@@ -737,6 +750,8 @@ def is_found_anew(direction: str, spec: str) -> bool:
     kind, _, name = spec.partition(":")
     if kind != "device" or not name:
         return False
+    import subprocess
+
     try:
         done = subprocess.run(_LIST, capture_output=True, timeout=_LIST_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -829,6 +844,8 @@ class _Converter:
     """
 
     def __init__(self, rate: int, block: int, on_block: OnBlock, correction_ppm: Ppm) -> None:
+        import soxr
+
         self._rate = rate
         self._on_block = on_block
         self._correction_ppm = correction_ppm

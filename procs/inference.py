@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from pipeline import apple, checkpoints, messages, worker
+from pipeline import apple, messages, worker
 from pipeline.audio import FADE, falling, level, make_fit, rising
 from pipeline.bell import Bell
 from pipeline.config import Config
@@ -194,10 +194,11 @@ class Inference:
             self._answers.start_thread()
 
     def _open_moshi(self, config: Config) -> str:
-        checkpoint = checkpoints.find(config.model, config.quality)
         # Only here: echo runs where mlx is not installed, and capture and playback never see it.
+        from pipeline import checkpoints
         from procs.model import Moshi, sampling_of
 
+        checkpoint = checkpoints.find(config.model, config.quality)
         sampler, sampling = config.sampler, sampling_of(config.sampler)
         codec = None if config.inference.codec == "auto" else config.inference.codec
         engine = Moshi(checkpoint, seed=sampler.seed, sampling=sampling, codec=codec)

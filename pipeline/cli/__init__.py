@@ -57,7 +57,7 @@ def main() -> None:
     try:
         code = cli.main(prog_name="pipeline", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        options.err.print(error.format_message())
+        options.err().print(error.format_message())
         sys.exit(EXIT_REFUSED)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pipeline"
@@ -76,5 +76,5 @@ def main() -> None:
 
 
 def _complain(line: str) -> None:
-    options.err.print(f"pipeline: {line}", style="red")
+    options.err().print(f"pipeline: {line}", style="red")
     sys.exit(EXIT_REFUSED)

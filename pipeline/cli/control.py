@@ -37,7 +37,7 @@ def down(name: str, remote: str | None, as_json: bool) -> int:
     if as_json:
         options.print_json(final)
     elif final is not None:
-        options.out.print(report.summary(final))
+        options.out().print(report.summary(final))
     until = time.monotonic() + 5
     while remote is None and folder.control.exists():
         if time.monotonic() > until:
@@ -56,7 +56,7 @@ def status(name: str, remote: str | None, as_json: bool) -> int:
     if as_json:
         options.print_json(found)
     else:
-        options.out.print(report.status_view(found))
+        options.out().print(report.status_view(found))
     return 0
 
 
@@ -93,7 +93,7 @@ def send(name: str, remote: str | None, as_json: bool, verb: str, values: tuple[
     if as_json:
         options.print_json(reply)
     elif reply.status is not None:
-        options.out.print(report.status_view(reply.status))
+        options.out().print(report.status_view(reply.status))
     elif verb == "trace":
         click.echo(f"trace: {len(reply.records)} records; --json prints them")
     else:

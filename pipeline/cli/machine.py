@@ -36,7 +36,7 @@ def devices(as_json: bool) -> int:
             Text(device["api"]),
             ", ".join(default),
         )
-    options.out.print(table if found["devices"] else "no audio devices")
+    options.out().print(table if found["devices"] else "no audio devices")
     return 0
 
 
@@ -54,8 +54,8 @@ def doctor(name: str, as_json: bool, config: Path | None, **given: Any) -> int:
     else:
         styles = {"ok": "green", "note": "yellow", "wrong": "red"}
         for finding in findings:
-            options.out.print(f"{finding.state:5} ", style=styles[finding.state], end="")
-            options.out.print(f"{finding.what}: {finding.found}{'. ' if finding.advice else ''}{finding.advice}")
+            options.out().print(f"{finding.state:5} ", style=styles[finding.state], end="")
+            options.out().print(f"{finding.what}: {finding.found}{'. ' if finding.advice else ''}{finding.advice}")
     return 1 if any(finding.state == "wrong" for finding in findings) else 0
 
 
@@ -75,14 +75,14 @@ def bench(quality: str | None, model: str | None, frames: int, as_json: bool) ->
     given = {key: value for key, value in {"quality": quality, "model": model}.items() if value is not None}
     chosen = settings.load(None, given)
     packages.need_moshi_mlx()
-    err = options.err
+    err = options.err()
     with err.status("starting", refresh_per_second=2) if err.is_terminal else contextlib.nullcontext() as progress:
         on_progress = (lambda line: progress.update(Text(line))) if progress else (lambda line: None)
         found = budget.bench(chosen.model, chosen.quality, frames, on_progress)
     if as_json:
         options.print_json(found)
     else:
-        options.out.print(budget.view(found))
+        options.out().print(budget.view(found))
     return 0
 
 

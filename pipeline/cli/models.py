@@ -40,11 +40,11 @@ def pull(model: str | None, quality: str | None, revision: str) -> int:
 
     chosen = quality or checkpoints.label_of(model or "") or checkpoints.DEFAULT_QUALITY
     plan = download.plan(checkpoints.repository(model, chosen), chosen, revision)
-    options.err.print(f"{plan.record.repo}, {chosen}, {revision} at {plan.record.commit}:")
+    options.err().print(f"{plan.record.repo}, {chosen}, {revision} at {plan.record.commit}:")
     for planned in plan.files:
         here = f"{download.size(planned.here_bytes)} here" if planned.here_bytes else "to fetch"
-        options.err.print(f"  {planned.file.name:48} {download.size(planned.file.size):>9}  {here}")
-    options.err.print(f"  to fetch: {download.size(plan.missing_bytes)} of {download.size(plan.total_bytes)}")
+        options.err().print(f"  {planned.file.name:48} {download.size(planned.file.size):>9}  {here}")
+    options.err().print(f"  to fetch: {download.size(plan.missing_bytes)} of {download.size(plan.total_bytes)}")
     click.echo(f"{download.fetch(plan)}: complete")
     return 0
 
@@ -61,7 +61,7 @@ def verify(model: str | None, quality: str | None, as_json: bool) -> int:
     else:
         for verdict in verdicts:
             found = verdict.fault or f"by its {verdict.checked}"
-            options.out.print(f"{verdict.state:8} {verdict.file:48} {found}")
+            options.out().print(f"{verdict.state:8} {verdict.file:48} {found}")
     return 0 if all(verdict.state == "ok" for verdict in verdicts) else 1
 
 

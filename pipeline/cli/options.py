@@ -1,19 +1,37 @@
 """What several commands share: their options, and where they print."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import msgspec
-from rich.console import Console
 
 from pipeline import runtime
 from pipeline.config import EngineName, Quality
 
-# What users name, files and devices, may look like markup.
-out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@functools.cache
+def out() -> "Console":
+    """Standard output. rich is loaded when there is something to print: stages are started sooner without."""
+    return _console(stderr=False)
+
+
+@functools.cache
+def err() -> "Console":
+    """Standard error."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> "Console":
+    from rich.console import Console
+
+    # What users name, files and devices, may look like markup.
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _complete_name(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:

@@ -3,17 +3,17 @@
 import contextlib
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Final
 
 import click
 
-from pipeline import checkpoints, offline, packages, report
 from pipeline import config as settings
+from pipeline import offline, packages
 from pipeline.cli import options
 from pipeline.client import Client
+from pipeline.config import Config
 from pipeline.errors import ConfigError, ControlError
 from pipeline.messages import LogLevel, TextRecord
 from pipeline.runtime import RunFolder
@@ -48,16 +48,16 @@ def up(
         "seconds": seconds,
     }
     chosen = settings.load(config, {key: value for key, value in given.items() if value is not None})
-    if chosen.engine == "moshi":
-        packages.need_moshi_mlx()
-        checkpoints.find(chosen.model, chosen.quality)  # before anything is started
+    _check_model(chosen)
     if detach:
         return _detach(name)
     supervisor = Supervisor(chosen, RunFolder(name), on_text=_on_text, on_log=_on_log)
     code = supervisor.run()
     if supervisor.final is not None and supervisor.final.accounting.sent:
-        options.out.print()
-        options.out.print(report.summary(supervisor.final))
+        from pipeline import report
+
+        options.out().print()
+        options.out().print(report.summary(supervisor.final))
     return code
 
 
@@ -96,19 +96,28 @@ def run(
     chosen = settings.load(config, fixed | {key: value for key, value in given.items() if value is not None})
     if chosen.sampler.seed is None:
         chosen.sampler.seed = offline.SEED
-    if chosen.engine == "moshi":
-        packages.need_moshi_mlx()
-        checkpoints.find(chosen.model, chosen.quality)  # before anything is started
+    _check_model(chosen)
     if transcript is not None and any(settings.same_file(transcript, other) for other in (source, target)):
         raise ConfigError(f"transcript {transcript}: expected another file than IN and OUT")
     words = offline.Transcript(transcript, to_stdout=not as_json)
-    code, result = offline.Run(chosen, RunFolder(name), words, options.err).run()
+    code, result = offline.Run(chosen, RunFolder(name), words, options.err()).run()
     if result is not None and result.complete:
-        options.err.print(report.accounting_line(result.accounting))
-        options.err.print(result.line())
+        from pipeline import report
+
+        options.err().print(report.accounting_line(result.accounting))
+        options.err().print(result.line())
     if result is not None and as_json:
         options.print_json(result)
     return code
+
+
+def _check_model(chosen: Config) -> None:
+    """Before anything is started. Raises PipelineError."""
+    if chosen.engine == "moshi":
+        from pipeline import checkpoints
+
+        packages.need_moshi_mlx()
+        checkpoints.find(chosen.model, chosen.quality)
 
 
 def _on_text(record: TextRecord) -> None:
@@ -118,12 +127,14 @@ def _on_text(record: TextRecord) -> None:
 
 def _on_log(stage: str, level: LogLevel, message: str) -> None:
     prefix = "pipeline" if stage == "supervisor" else stage
-    options.err.print(f"{prefix}: {message}", style=_LEVEL_STYLE[level])
+    options.err().print(f"{prefix}: {message}", style=_LEVEL_STYLE[level])
 
 
 def _detach(name: str) -> int:
     """Start this very command again, in the background, and come back when it runs."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    import tempfile
+
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pipeline", *arguments],
