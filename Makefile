@@ -52,8 +52,9 @@ up: install
 system:
 	@sh tests/system-packages
 
+# Two at a time: most of them wait for what happens in real time.
 test: $(VENV)/dev system
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Hours: what the tests show in short (docs/reliability.md).
 soak: $(VENV)/dev system

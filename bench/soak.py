@@ -94,6 +94,10 @@ class Look(NamedTuple):
     threads: int
 
 
+def _look_at(process: psutil.Process, at_s: float) -> Look:
+    return Look(at_s, process.memory_info().rss / _MEBI, process.num_fds(), process.num_threads())
+
+
 class Watch:
     """A run's processes, looked at again and again, and its account."""
 
@@ -112,11 +116,13 @@ class Watch:
         at_s = time.monotonic() - self._began_s
         try:
             status = self._client.status()
-            for stage, process in self._processes.items():
-                memory_mb = process.memory_info().rss / _MEBI
-                self.looks[stage].append(Look(at_s, memory_mb, process.num_fds(), process.num_threads()))
+            found = {stage: _look_at(process, at_s) for stage, process in self._processes.items()}
         except (ControlError, psutil.Error):
             return False
+        if not all(look.memory_mb for look in found.values()):
+            return False  # one of them was just ending
+        for stage, look in found.items():
+            self.looks[stage].append(look)
         self.wrong += status.accounting.discrepancies()
         return True
 
