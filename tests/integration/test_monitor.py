@@ -55,6 +55,7 @@ def states(figures: dict[str, Any]) -> set[str]:
 
 
 def test_views_of_a_run(runs: Runs) -> None:
+    runs.environment["COLUMNS"] = "160"
     with runs.up(*ECHO) as run:
         run.running()
         once = runs.call("monitor", "--once")
