@@ -334,9 +334,11 @@ def _deaths(runs: Runs, options: Options, kind: str) -> list[str]:
     runs.call("down", "--name", "soak")
     print("\n| killed | times | until frames flow again: p50 s | max s |\n|---|---|---|---|")
     for who, seconds in [*back_s.items(), ("supervisor (until all stages are gone)", gone_s)]:
-        print(f"| {who} | {len(seconds)} | {statistics.median(seconds):.2f} | {max(seconds):.2f} |")
+        if seconds:
+            print(f"| {who} | {len(seconds)} | {statistics.median(seconds):.2f} | {max(seconds):.2f} |")
     wrong += [f"left behind: {left}" for left in [*runs.leftovers(), *segments(runs, "soak")] if "log" not in left]
-    return wrong + ([f"stages outlived the supervisor by {max(gone_s):.1f} s"] if max(gone_s) > _GONE_S else [])
+    longest_s = max(gone_s, default=0.0)
+    return wrong + ([f"stages outlived the supervisor by {longest_s:.1f} s"] if longest_s > _GONE_S else [])
 
 
 def _kill_supervisor(run: Run) -> float:

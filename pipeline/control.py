@@ -32,7 +32,7 @@ _UNREAD: Final = 32
 _FAREWELL_MS: Final = 500
 """How long the last replies may take to leave a run that ends."""
 
-_LAST_WORDS_MS: Final = 2_000
+_LAST_WORDS_MS: Final = 1_000
 """How long a stage's last reports may take to leave it."""
 
 _HANDSHAKE_MS: Final = 5_000
@@ -349,7 +349,7 @@ class StageLink:
         self._socket.setsockopt(zmq.LINGER, 0)
 
     def close(self) -> None:
-        """Close the line, after the last reports have left or two seconds."""
+        """Close the line, after the last reports have left or a second."""
         self._socket.close()
         self._context.term()
 

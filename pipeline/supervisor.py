@@ -483,6 +483,11 @@ class Supervisor:
     def _next_deadline_s(self) -> float:
         deadlines = [stage.restart_at_ns for stage in self._stages.values() if stage.state == "backoff"]
         deadlines += [stage.kill_at_ns for stage in self._stages.values() if stage.kill_at_ns is not None]
+        deadlines += [
+            stage.ended_ns + round(WORDS_S * NS_PER_S)
+            for stage in self._stages.values()
+            if stage.ended_ns is not None and stage.state != "backoff"
+        ]
         others = (self._stop_at_ns, self._drained_by_ns, self.requests.deadline_ns())
         deadlines += [at for at in others if at is not None]
         if not deadlines:
@@ -553,7 +558,7 @@ class Supervisor:
 
     def _has_more_to_say(self, stage: _StageProcess, code: int) -> bool:
         """Whether it says why it has ended, and that is under way: a process may be gone before its words come."""
-        if code != EXIT_REFUSED or stage.state == "fatal":
+        if code != EXIT_REFUSED or stage.state == "fatal" or stage.renewing:
             return False
         stage.ended_ns = stage.ended_ns or self._clock()
         return self._clock() < stage.ended_ns + round(WORDS_S * NS_PER_S)

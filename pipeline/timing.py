@@ -28,9 +28,10 @@ def now_ns() -> int:
     return time.monotonic_ns()
 
 
-def promote_thread(thread: int = 0) -> bool:
+def promote_thread(thread: int = 0, *, below: bool = False) -> bool:
     """Ask for real-time scheduling (SCHED_FIFO) of a thread of this process, by default of the calling one.
 
+    With `below` it gives way to those promoted without, and what it starts is not promoted with it.
     On macOS, where the audio system's threads are real-time already, the calling one comes into the highest class of
     service, and others are left as they are. False where the system does not permit it.
     """
@@ -39,7 +40,8 @@ def promote_thread(thread: int = 0) -> bool:
     if sys.platform != "linux":
         return False
     with contextlib.suppress(PermissionError, ProcessLookupError):
-        os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(_REALTIME_PRIORITY))
+        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK if below else os.SCHED_FIFO
+        os.sched_setscheduler(thread, policy, os.sched_param(_REALTIME_PRIORITY - below))
         return True
     return False
 

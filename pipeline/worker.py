@@ -42,7 +42,7 @@ from pipeline.messages import (
 )
 from pipeline.ring import Ring
 from pipeline.runtime import RunFolder
-from pipeline.timing import NS_PER_MS, now_ns
+from pipeline.timing import NS_PER_MS, now_ns, promote_thread
 from pipeline.topology import FRAME_MS, RINGS, SAMPLE_RATE, StageName
 
 EXIT_FATAL: Final = EXIT_REFUSED
@@ -50,6 +50,10 @@ EXIT_FATAL: Final = EXIT_REFUSED
 
 EXIT_LOST: Final = 3
 """Exit code of a stage that its sound system has hung up: to be started again."""
+
+_WITH_CALLBACK: Final = frozenset({"capture", "playback"})
+"""Stages whose main thread shares the interpreter's lock with a device's callback: where another program took the
+processor from the one that has the lock, the other would wait for it."""
 
 _TICK_S: Final = 2 * FRAME_MS / 1_000
 """How often a stage looks around that nothing wakes: what it reports of two frames goes out together."""
@@ -140,6 +144,8 @@ class _Pulse(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
+        if self._worker.has_callback:
+            promote_thread(below=True)
         link = StageLink(self._folder.stages, f"{self._worker.name}.pulse")
         while not self._over.wait(HEARTBEAT_S):
             link.report(self._worker.heartbeat())
@@ -239,8 +245,15 @@ class _Worker:
         if self._alive is None:
             print(f"{self.name}: {state}{': ' if self._detail else ''}{self._detail}", file=sys.stderr)
 
+    @property
+    def has_callback(self) -> bool:
+        """Whether a device's thread waits for the interpreter's lock together with those of this process."""
+        return self.name in _WITH_CALLBACK and not self._context.config.offline
+
     def _start(self) -> None:
         self._stage.start()
+        if self.has_callback:
+            promote_thread(below=True)
         self._running = True
         self._say("running")
 

@@ -374,8 +374,10 @@ class _PacedInput:
         self._first = True
         try:
             self._block = next(blocks, None)  # to read a file for the first time takes long
-        except RuntimeError as error:  # of libsndfile, which need not be loaded
-            raise DeviceError(f"input {detail}: {getattr(error, 'error_string', error)}") from None
+        except RuntimeError as error:
+            if (why := getattr(error, "error_string", None)) is None:  # not of libsndfile, which need not be loaded
+                raise
+            raise DeviceError(f"input {detail}: {why}") from None
         self._pace = _Pace(f"input {detail}", _PACED_INPUT_BLOCK, self._turn, lambda: skew_ppm)
 
     def _turn(self, due_ns: int) -> bool:

@@ -37,6 +37,9 @@ _STEADY = 3
 _CALM = 12
 """Frames, about a second, without surplus, after which the latency is what it was."""
 
+_BURSTS = 32
+"""How many times a device has asked, of late, that tell how much it asks for at a time."""
+
 _LATE_NS = 10 * NS_PER_MS
 """A first frame that is later by so much, as a model's first step may be, is made up for."""
 
@@ -123,7 +126,9 @@ class Player:
         self._faded = FADE
         self._risen = FADE
         self._initial_prebuffer_ns = prebuffer_ns
-        self._block = FRAME
+        self._asked_ns = 0
+        self._burst = 0
+        self._bursts: deque[int] = deque(maxlen=_BURSTS)
         self._jitter = Jitter()
         self._starting = _CALM
         self._waits_ns: deque[int] = deque(maxlen=_STEADY)
@@ -168,7 +173,7 @@ class Player:
         heard = self._heard
         heard.begin()
         heard.anchor(heard.position, dac_ns)
-        self._block = len(out)
+        self._count_burst(len(out))
         if xrun:
             heard.count("xruns")
             self._disturb()
@@ -199,7 +204,7 @@ class Player:
         source, filled, count = self._source, 0, len(out)
         while filled < count:
             if source.position % FRAME == 0 and source.available >= FRAME:
-                self._begin_frame(filled, dac_ns)
+                self._begin_frame(filled, count, dac_ns)
             got = self._read(out[filled : filled + self._uniform()])
             if got == 0:
                 break
@@ -252,7 +257,17 @@ class Player:
         if stop == OVERLAP:
             self._source.skip(self._lag)
 
-    def _begin_frame(self, filled: int, dac_ns: int) -> None:
+    def _count_burst(self, count: int) -> None:
+        """Blocks that a device asks for at once, as it may where its own period is longer, are as one."""
+        now = now_ns()
+        if now - self._asked_ns < count * NS_PER_S // SAMPLE_RATE // 2:
+            self._burst += count
+        else:
+            self._bursts.append(self._burst)
+            self._burst = count
+        self._asked_ns = now
+
+    def _begin_frame(self, filled: int, count: int, dac_ns: int) -> None:
         source = self._source
         if source.available > self.queue_frames * FRAME:
             # Down to two: with one alone the next would have to come within the block.
@@ -267,7 +282,7 @@ class Player:
             self._starting -= 1
             self._disturbed |= self._jitter.began_late_ns > _LATE_NS
         if self._disturbed:
-            self._recover(filled)
+            self._recover(self._burst - count + filled)
         self._heard.mark(
             position=self._heard.position + filled,
             frame=mark.frame,
@@ -282,18 +297,19 @@ class Player:
         self._waits_ns.clear()
         self._calm = 0
 
-    def _recover(self, filled: int) -> None:
-        """Shorten the frame that begins, if frames wait for longer than they have to.
+    def _recover(self, into: int) -> None:
+        """Shorten the frame that begins, `into` samples of what is asked for at a time, if frames wait for too long.
 
         Only after a gap, an underrun of the device or a first frame that was late, until their surplus is gone: a
         healthy stream is left alone.
         """
         if len(self._waits_ns) < _STEADY:
             return
-        # A frame must be there when the block is asked for in which its first sample lies. With so much taken out that
-        # is so many blocks earlier than now, and never earlier than after the prebuffer.
+        # A frame must be there when its first sample is asked for. With so much taken out that is a whole number of
+        # times earlier than now, and never earlier than after the prebuffer.
         spare = (min(self._waits_ns) - self.prebuffer_ns) * SAMPLE_RATE // NS_PER_S
-        surplus = filled + spare // self._block * self._block
+        burst = max(self._burst, *self._bursts)
+        surplus = into + spare // burst * burst
         if surplus >= LEAST:
             self._shorten(surplus)
             return

@@ -126,3 +126,30 @@ def test_a_thread_that_may_not_be_promoted_goes_on(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     assert promote_thread() is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no SCHED_FIFO that a program may ask for")
+def test_a_thread_promoted_below_gives_way_and_hands_nothing_on() -> None:
+    found: list[tuple[int, int]] = []
+    promoted: list[bool] = []
+
+    def look() -> None:
+        found.append((os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK, os.sched_getparam(0).sched_priority))
+
+    def thread(below: bool) -> None:
+        promoted.append(promote_thread(below=below))
+        look()
+        started = threading.Thread(target=look)
+        started.start()
+        started.join()
+
+    for below in (False, True):
+        one = threading.Thread(target=thread, args=(below,))
+        one.start()
+        one.join()
+    if not all(promoted):
+        pytest.skip("real-time scheduling is not permitted here")
+    (above, _, lower, started) = found
+    assert above[0] == lower[0] == os.SCHED_FIFO
+    assert above[1] > lower[1] > 0
+    assert started == (os.SCHED_OTHER, 0)

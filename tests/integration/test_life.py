@@ -269,3 +269,22 @@ def test_the_folder_and_its_sockets_are_the_users_own(runs: Runs) -> None:
         for entry in Path(folder).iterdir():
             assert entry.stat().st_mode & 0o077 == 0, entry
         assert run.interrupt() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no SCHED_FIFO that a program may ask for")
+def test_who_shares_the_interpreters_lock_with_a_callback_is_nearly_as_urgent(runs: Runs) -> None:
+    """Another program that took the processor from it, with the lock, would hold up the callback."""
+    with runs.up("--engine", "echo", "--input", "silence", "--output", "null") as run:
+        pids = {name: stage["pid"] for name, stage in run.running()["stages"].items()}
+        policies = {name: os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for name, pid in pids.items()}
+        assert policies["inference"] == os.SCHED_OTHER
+        assert policies["capture"] == policies["playback"] == (os.SCHED_FIFO if permitted() else os.SCHED_OTHER)
+        assert run.interrupt() == 0, run.err
+
+
+def permitted() -> bool:
+    """Whether this user's programs get real-time scheduling."""
+    return "True" in subprocess.run(
+        [sys.executable, "-c", "from pipeline.timing import promote_thread; print(promote_thread())"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip

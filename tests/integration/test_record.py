@@ -10,7 +10,7 @@ import psutil
 import pytest
 import soundfile
 
-from pipeline.topology import FRAME, RECORDER, SAMPLE_RATE
+from pipeline.topology import RECORDER, SAMPLE_RATE
 from tests.runs import Run, Runs, Samples, assert_balanced, children, noise, wait_for, write_wav
 
 STEADY = "[playback]\nprebuffer_ms = 80\n"
