@@ -277,7 +277,6 @@ def test_who_shares_the_interpreters_lock_with_a_callback_is_nearly_as_urgent(ru
     with runs.up("--engine", "echo", "--input", "silence", "--output", "null") as run:
         pids = {name: stage["pid"] for name, stage in run.running()["stages"].items()}
         policies = {name: os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for name, pid in pids.items()}
-        assert policies["inference"] == os.SCHED_OTHER
         assert policies["capture"] == policies["playback"] == (os.SCHED_FIFO if permitted() else os.SCHED_OTHER)
         assert run.interrupt() == 0, run.err
 
