@@ -7,6 +7,8 @@ server of its own. --minutes adds a case of that length, which is measured once.
 """
 
 import argparse
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,8 +29,8 @@ from bench.results import Plot, Section, Table, Target
 from bench.telemetry import used_s
 from pipeline.chaos import stall
 from pipeline.topology import SAMPLE_RATE
-from tests.runs import Runs, Samples, busy, children, wait_for, with_sound, write_wav
-from tests.soundserver import SoundServer
+from tests.runs import Run, Runs, Samples, busy, children, wait_for, with_sound, write_wav
+from tests.soundserver import WAV_HEADER_BYTES, SoundServer, missing
 
 Figures = dict[str, Any]
 
@@ -66,6 +68,11 @@ _STALL: Final = 0.3
 SHORTEST_S: Final = 4.0
 _SETTLE_S: Final = 2.0
 _TAIL_S: Final = 1.0
+"""How long the speaker is silent when all was played."""
+
+_LOOK_S: Final = 0.1
+_STEREO_BYTES: Final = 8
+"""Of a sample of both sides."""
 
 _PREBUFFER_MS: Final = 40
 """Ours as it is with Moshi; with echo, which stands in for it here, it would be 3."""
@@ -100,12 +107,13 @@ class Case(NamedTuple):
 
 CASES: Final = (
     Case("quiet"),
-    Case("both cores busy", loops=2),
+    Case("all cores busy", loops=os.cpu_count() or 1),
     Case("step 50 to 90 ms", jitter_ms=40),
     Case("stall of 0.5 s", stall_s=0.5),
     Case("stall of 2 s", stall_s=2.0),
 )
-STEADY: Final = {"quiet", "both cores busy", "step 50 to 90 ms"}
+NAMES: Final = [case.name for case in CASES]
+STEADY: Final = {"quiet", "all cores busy", "step 50 to 90 ms"}
 """The cases by which latency is compared; after a stall upstream's is higher anyway."""
 
 
@@ -120,6 +128,8 @@ class Front(NamedTuple):
     """The one of them that runs the model."""
     told: Callable[[], Figures]
     """What it says of itself."""
+    end: Callable[[], int | None]
+    """End it; returns the exit code, if that says something."""
 
 
 def use_by_default(server: SoundServer) -> None:
@@ -137,11 +147,16 @@ def ours(server: SoundServer, case: Case, seed: int) -> Iterator[Front]:
     settings += f"[faults]\nstep_ms = {case.step_ms}\njitter_ms = {case.jitter_ms}\nseed = {seed}\n"
     with with_sound(server) as runs, runs.up("--engine", "echo", "--config", str(runs.config(settings))) as run:
         model = psutil.Process(run.running()["stages"]["inference"]["pid"])
-        yield Front([psutil.Process(run.process.pid), *children(run.process)], model, lambda: _told(run.status()))
-        run.process.terminate()
-        code = run.wait()
-        if code:
-            print(f"pipeline up ended with {code}: {run.err}", file=sys.stderr)
+        processes = [psutil.Process(run.process.pid), *children(run.process)]
+        yield Front(processes, model, lambda: _told(run.status()), lambda: _end(run))
+
+
+def _end(run: Run) -> int:
+    run.process.terminate()
+    code = run.wait()
+    if code:
+        print(f"pipeline up ended with {code}: {run.err}", file=sys.stderr)
+    return code
 
 
 def _told(status: Figures) -> Figures:
@@ -163,7 +178,7 @@ def upstream(python: Path) -> Callable[[SoundServer, Case, int], AbstractContext
             with log.open("w") as output, _ended(command, runs, output) as process:
                 wait_for(lambda: _is_ready(process, ready, log), "upstream's front end")
                 processes = [psutil.Process(process.pid), *children(process)]
-                yield Front(processes, psutil.Process(int(ready.read_text())), lambda: _lag(log))
+                yield Front(processes, psutil.Process(int(ready.read_text())), lambda: _lag(log), lambda: None)
 
     return begin
 
@@ -318,11 +333,31 @@ def trial(begin: Callable[..., AbstractContextManager[Front]], case: Case, secon
                 feed.wait()
                 took_s = time.monotonic() - began_s
                 cpu_s = sum(used_s(process) - was for process, was in zip(front.processes, used, strict=True))
-                time.sleep(_TAIL_S + case.stall_s)
+                _await_silence(both)
             after = front.told()
+            code = front.end()
         heard = listen(*stereo(both))
     told = {"before": before, "after": after}
-    return {**summary(heard, stalled_s), "cpu_percent": 100 * cpu_s / took_s, "told": told}
+    cost = {"cpu_percent": 100 * cpu_s / took_s}
+    return {**summary(heard, stalled_s), **cost, "told": told, "exit_code": code}
+
+
+def _await_silence(recording: Path) -> None:
+    """Until the speaker has been silent for _TAIL_S, LONGEST_S at most: what comes late is still heard."""
+    until_s = time.monotonic() + LONGEST_S
+    time.sleep(_TAIL_S)
+    while time.monotonic() < until_s and _tail(recording).any():
+        time.sleep(_LOOK_S)
+
+
+def _tail(recording: Path) -> Samples:
+    """The last _TAIL_S of the speaker's side of a WAV file of both, float32, that is still being written."""
+    with recording.open("rb") as file:
+        begin = file.read(WAV_HEADER_BYTES).index(b"data") + 8  # the samples come after the length, 4 bytes
+        count = (recording.stat().st_size - begin) // _STEREO_BYTES
+        last = min(count, round(_TAIL_S * SAMPLE_RATE))
+        file.seek(begin + (count - last) * _STEREO_BYTES)
+        return np.frombuffer(file.read(last * _STEREO_BYTES), np.float32)[1::2]
 
 
 def _stop_model(front: Front, case: Case, seconds: float, began_s: float) -> float:
@@ -362,12 +397,13 @@ def summary(heard: Heard, stalled_s: float = 0.0) -> Figures:
 
 
 Trials = dict[str, dict[str, list[Figures]]]
-"""By case and by front end, one for each repeat."""
+"""By case and by front end, one for each repeat; {"fault": why} for one that gave no figures."""
 
 OURS: Final = "ours"
 THEIRS: Final = "upstream"
 _DURING: Final = {"after": 1, "before": -1}
 _NOT_INSTALLED: Final = "upstream's package is not installed"
+_NO_FIGURES: Final = "no figures"
 
 
 def measure(cases: list[tuple[Case, float, int]], python: Path | None) -> Trials:
@@ -379,12 +415,28 @@ def measure(cases: list[tuple[Case, float, int]], python: Path | None) -> Trials
         for repeat in range(repeats):
             for side, begin in fronts.items():
                 print(f"{case.name}, {side}, {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
-                found[case.name][side].append(trial(begin, case, seconds, seed=repeat))
+                found[case.name][side].append(_tried(begin, case, seconds, repeat))
     return found
 
 
+def _tried(begin: Callable[..., AbstractContextManager[Front]], case: Case, seconds: float, seed: int) -> Figures:
+    """A trial; where it fails, only why: the others are of use without it."""
+    try:
+        return trial(begin, case, seconds, seed)
+    except Exception as error:
+        print(f"the trial failed: {error}", file=sys.stderr, flush=True)
+        said = str(error).strip().splitlines()
+        return {"fault": f"{type(error).__name__}: {said[-1] if said else 'no reason given'}"}
+
+
+def _good(trials: list[Figures]) -> list[Figures]:
+    """Those that gave figures."""
+    return [figures for figures in trials if "fault" not in figures]
+
+
 def _spread(trials: list[Figures], key: str) -> str:
-    return results.spread([figures[key] for figures in trials])
+    values = [figures[key] for figures in _good(trials)]
+    return results.spread(values) if values else _NO_FIGURES
 
 
 def _table(title: str, found: Trials, columns: dict[str, str], note: str = "") -> Table:
@@ -406,26 +458,46 @@ COST: Final = {"cpu_percent": "all processes, % of a core"}
 
 def tables(found: Trials) -> list[Table]:
     """All that is told of the trials."""
-    return [
+    shown = [
         _table("Microphone to speaker, ms", found, LATENCY, _LATENCY_NOTE),
         _table("What was missing in what was heard", found, GAPS, _GAPS_NOTE),
         _table("What it costs", found, COST, _COST_NOTE),
     ]
+    faults = [
+        [name, side, str(number), figures["fault"]]
+        for name, sides in found.items()
+        for side, trials in sides.items()
+        for number, figures in enumerate(trials, 1)
+        if "fault" in figures
+    ]
+    return [*shown, Table("Trials that failed", ["case", "", "repeat", "why"], faults)] if faults else shown
 
 
 def targets(found: Trials) -> list[Target]:
     """What was to be reached in the cases that were run."""
     steady = [_less(name, sides) for name, sides in found.items() if name in STEADY]
     stalls = [_back(name, sides) for name, sides in found.items() if name not in STEADY]
-    return [*steady, _no_cut(found), *stalls]
+    return [*steady, _no_cut(found), *stalls, _clean(found)]
 
 
-def _median(trials: list[Figures], key: str) -> float:
-    return float(median(figures[key] for figures in trials))
+def _ours(found: Trials) -> list[Figures]:
+    return [figures for sides in found.values() for figures in sides[OURS]]
+
+
+def _clean(found: Trials) -> Target:
+    codes = [figures.get("exit_code", _NO_FIGURES) for figures in _ours(found)]
+    wrong = [str(code) for code in codes if code != 0]
+    return Target(
+        what="our run ended cleanly, all cases",
+        limit="exit code 0, every trial",
+        measured=f"{len(codes) - len(wrong)} of {len(codes)}{'; others ' if wrong else ''}{', '.join(wrong)}",
+        met=not wrong,
+    )
 
 
 def _less(name: str, sides: dict[str, list[Figures]]) -> Target:
-    pairs = [(own["p50_ms"], theirs["p50_ms"]) for own, theirs in zip(sides[OURS], sides.get(THEIRS, []), strict=False)]
+    both = zip(sides[OURS], sides.get(THEIRS, []), strict=False)
+    pairs = [(own["p50_ms"], theirs["p50_ms"]) for own, theirs in both if len(_good([own, theirs])) == 2]
     less = [theirs - own for own, theirs in pairs]
     ratio = [theirs / own for own, theirs in pairs]
     return Target(
@@ -433,36 +505,39 @@ def _less(name: str, sides: dict[str, list[Figures]]) -> Target:
         limit=f"at least {LESS_MS:g} ms less",
         measured=f"{results.spread(less)} ms less; upstream's is {results.spread(ratio)} times ours"
         if pairs
+        else _NO_FIGURES
+        if THEIRS in sides
         else _NOT_INSTALLED,
         met=bool(pairs) and median(less) >= LESS_MS,
     )
 
 
 def _no_cut(found: Trials) -> Target:
-    own = [figures for sides in found.values() for figures in sides[OURS]]
+    own = _good(_ours(found))
     dry = sum(figures["told"][when]["xruns"]["playback"] * sign for figures in own for when, sign in _DURING.items())
     return Target(
         what="gaps that are not concealed, all cases",
         limit="none",
         measured=f"{_cuts(found, OURS)}; {_or_none(found, lambda: _cuts(found, THEIRS))}",
-        met=all(figures["cuts"] == 0 for figures in own),
+        met=bool(own) and all(figures["cuts"] == 0 for figures in own),
         why=f"the device ran dry, {dry} times by our own count: the sound server fills in zeros" if dry else "",
     )
 
 
 def _cuts(found: Trials, side: str) -> str:
-    trials = [figures for sides in found.values() for figures in sides[side]]
+    trials = [figures for sides in found.values() for figures in _good(sides[side])]
     return f"{sum(figures['cuts'] for figures in trials)} (of {sum(figures['gaps'] for figures in trials)} gaps)"
 
 
 def _back(name: str, sides: dict[str, list[Figures]]) -> Target:
-    more = {side: [t["end_ms"] - t["start_ms"] for t in trials] for side, trials in sides.items()}
-    theirs = _or_none({name: sides}, lambda: f"{results.spread(more[THEIRS])} ms")
+    more = {side: [t["end_ms"] - t["start_ms"] for t in _good(trials)] for side, trials in sides.items()}
+    said = {side: f"{results.spread(values)} ms" if values else _NO_FIGURES for side, values in more.items()}
+    theirs = _or_none({name: sides}, lambda: said[THEIRS])
     return Target(
         what=f"latency at the end less that at the start, {name}",
         limit=f"within {BACK_MS:g} ms",
-        measured=f"{results.spread(more[OURS])} ms, last further off {_spread(sides[OURS], 'away_s')} s in; {theirs}",
-        met=max(map(abs, more[OURS])) <= BACK_MS,
+        measured=f"{said[OURS]}, last further off {_spread(sides[OURS], 'away_s')} s in; {theirs}",
+        met=bool(more[OURS]) and max(map(abs, more[OURS])) <= BACK_MS,
     )
 
 
@@ -473,7 +548,11 @@ def _or_none(found: Trials, theirs: Callable[[], str]) -> str:
 def plots(found: Trials) -> list[Plot]:
     """Latency over time around the longest stall, and its median in every case."""
     by_case: dict[str, list[tuple[float | str, float]]] = {
-        side: [(name, _median(sides[side], "p50_ms")) for name, sides in found.items()]
+        side: [
+            (name, float(median(figures["p50_ms"] for figures in good)))
+            for name, sides in found.items()
+            if (good := _good(sides[side]))
+        ]
         for side in next(iter(found.values()))
     }
     bars = Plot("frontend-latency", "Microphone to speaker, p50", "case", "ms", "bars", log=False, series=by_case)
@@ -481,7 +560,7 @@ def plots(found: Trials) -> list[Plot]:
     if stalled is None:
         return [bars]
     lines: dict[str, list[tuple[float | str, float]]] = {
-        side: [(s, ms) for s, ms in trials[0]["latency"]] for side, trials in stalled.items()
+        side: [(s, ms) for s, ms in good[0]["latency"]] for side, trials in stalled.items() if (good := _good(trials))
     }
     title = f"Microphone to speaker, around a {CASES[-1].name} of the model"
     return [bars, Plot("frontend-stall", title, "s from the stall", "ms", "lines", log=False, series=lines)]
@@ -498,6 +577,9 @@ the sound server records in one file. They take turns, each trial with a server 
 - Upstream's processes are spawned, as on macOS; forked, as on Linux, they cannot open this sound server.
 - Upstream's bound of 4,000 steps (320 s) is lifted. It asks for blocks of a frame and PortAudio's `high` latency; what
   that comes to is the device's: CoreAudio's are others than those of this virtual card, and were not tried.
+- Our audio threads and the main threads of our audio stages run under real-time scheduling (SCHED_FIFO) where the
+  system permits it; here it was {{permitted}}. All of upstream's run at ordinary priority, as does what stands in for
+  the model on both sides. A user without that permission does not get it, and is not in these figures.
 - Not in any figure: what a model and a codec take from the same processor, and the frame (80 ms) between what Moshi
   hears and what it says.
 
@@ -505,7 +587,8 @@ Speech with a faint noise under it is fed, no two stretches of which are alike. 
 heard are looked for in what the microphone heard, by cross-correlation, {1 / HOP_S:.0f} times a second: that is the
 latency. A gap is 1 ms and more of zeros between the first and the last sound. It is *cut* where the last millisecond
 of sound at an edge is over {_CUT:g} times as loud as that 10 ms further, so that nothing was faded, and *clicks* where
-the step there is larger than any in the 10 ms beside it. In a stall the process that runs the model is stopped
+the step there is larger than any in the 10 ms beside it. It is recorded until the speaker has been silent for
+{_TAIL_S:g} s, or {LONGEST_S:g} s after the end of what is fed. In a stall the process that runs the model is stopped
 (SIGSTOP)."""
 
 _LATENCY_NOTE: Final = f"""\
@@ -523,7 +606,7 @@ def section(found: Trials, version: str | None, seconds: float, command: str) ->
         name="frontend",
         title="Front end",
         command=command,
-        text=_TEXT,
+        text=_TEXT.replace("{permitted}", results.real_time()),
         seconds=seconds,
         tables=tables(found),
         targets=targets(found),
@@ -532,17 +615,24 @@ def section(found: Trials, version: str | None, seconds: float, command: str) ->
     )
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=12.0, help=f"of each trial, at least {SHORTEST_S:g}")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--minutes", type=float, help="of one more case, which is measured once")
     parser.add_argument("--json", type=Path)
-    names = [case.name for case in CASES]
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(names))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(NAMES))
+    return parser
+
+
+def main() -> None:
+    parser = _parser()
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(names):
-        parser.error(f"CASE {unknown.pop()!r}: expected one of {'; '.join(names)}")
+    if package := missing():
+        print(f"bench.frontend needs a virtual sound server: {package} is missing (make system)", file=sys.stderr)
+        sys.exit(2)
+    if unknown := set(arguments.cases) - set(NAMES):
+        parser.error(f"CASE {unknown.pop()!r}: expected one of {'; '.join(NAMES)}")
     if not (arguments.seconds >= SHORTEST_S and 60 * (arguments.minutes or SHORTEST_S) >= SHORTEST_S):
         parser.error(
             f"--seconds {arguments.seconds:g}, --minutes {arguments.minutes}: expected {SHORTEST_S:g} s or more"
@@ -556,8 +646,18 @@ def main() -> None:
         cases.append((Case(f"{arguments.minutes:g} minutes"), 60 * arguments.minutes, 1))
     version = peers.version("moshi_mlx")
     found = measure(cases, peers.python() if version else None)
-    command = " ".join(["python -m bench.frontend", *sys.argv[1:]])
-    results.finish(section(found, version, time.monotonic() - began_s, command), arguments.json)
+    seconds = time.monotonic() - began_s
+    results.finish(section(found, version, seconds, command(arguments)), arguments.json)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What was called, as far as it is not the default; without the file, which is this machine's."""
+    parser, parts = _parser(), ["python", "-m", "bench.frontend"]
+    for name in ("seconds", "repeats", "minutes"):
+        value = getattr(arguments, name)
+        if value != parser.get_default(name):
+            parts += [f"--{name}", f"{value:g}"]
+    return shlex.join([*parts, *arguments.cases])
 
 
 if __name__ == "__main__":

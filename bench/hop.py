@@ -1,10 +1,10 @@
 """Two processes and one way of passing frames between them, for bench/ring.py.
 
-    python -m bench.hop TRANSPORT
+    python -m bench.hop TRANSPORT FOLDER
 
-It starts a writer and a reader, reads one task a line from standard input and prints one result a line, both JSON; at
-the end of its input it leaves nothing behind. It runs in the peers' environment too: outside of the transports that
-are ours it imports numpy and the standard library alone.
+It starts a writer and a reader, reads one task a line from standard input and prints one result a line, both JSON. Its
+files are in the folder, or named after it: who made that removes them, however this program ends. It runs in the
+peers' environment too: outside of the transports that are ours it imports numpy and the standard library alone.
 
 All transports do the same work. The writer makes a new array for each message, as one makes it who has just recorded
 or computed it, then stamps it with the monotonic clock and sends it. The message has arrived when the reader has it as
@@ -17,9 +17,7 @@ import json
 import multiprocessing
 import queue
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,14 +129,12 @@ def ring_place(folder: Path) -> Iterator[Any]:
     from pipeline import ring
     from pipeline.control import Hub
 
-    name = ring.segment_name(folder, "bench")
-    ring.Ring.create(name, _RING_S).close()
+    ring.Ring.create(ring.segment_name(folder, "bench"), _RING_S).close()
     hub = Hub(folder / "control", folder / "events", folder / "stages")
     try:
         yield None
     finally:
         hub.close()
-        ring.unlink(name)
 
 
 # Upstream's
@@ -284,21 +280,13 @@ class Iceoryx2Reader:
         return received
 
 
-@contextmanager
-def iceoryx2_place(folder: Path) -> Iterator[Any]:
-    """Nothing before; afterwards what it leaves in shared memory."""
-    yield None
-    for path in Path("/dev/shm").glob(f"{folder.name}_*"):  # noqa: S108
-        path.unlink()
-
-
 TRANSPORTS: Final[dict[str, tuple[type[Writer], type[Reader], Any]]] = {
     "ring": (RingWriter, RingReader, ring_place),
     "promoted": (PromotedWriter, PromotedReader, ring_place),
     "queue": (QueueWriter, QueueReader, queue_place),
     "polled": (QueueWriter, PollingReader, queue_place),
     "zmq": (ZmqWriter, ZmqReader, nothing),
-    "iceoryx2": (Iceoryx2Writer, Iceoryx2Reader, iceoryx2_place),
+    "iceoryx2": (Iceoryx2Writer, Iceoryx2Reader, nothing),
 }
 
 
@@ -409,16 +397,12 @@ class _Program:
 
 def main() -> None:
     """Tasks in, results out."""
-    place = TRANSPORTS[sys.argv[1]][2]
-    folder = Path(tempfile.mkdtemp(prefix="plhop"))
-    try:
-        with place(folder) as shared:
-            pair = Pair(sys.argv[1], folder, shared)
-            for line in sys.stdin:
-                print(json.dumps(pair.carry_out(json.loads(line))), flush=True)
-            pair.close()
-    finally:
-        shutil.rmtree(folder)
+    transport, folder = sys.argv[1], Path(sys.argv[2])
+    with TRANSPORTS[transport][2](folder) as shared:
+        pair = Pair(transport, folder, shared)
+        for line in sys.stdin:
+            print(json.dumps(pair.carry_out(json.loads(line))), flush=True)
+        pair.close()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The environment of the programs that we are measured against: .bench/ in the repository's root.
 
 It is made on first use, from requirements/peers.txt, and kept. Each line of that file is installed by itself, so that a
-package that this machine cannot have leaves the others in place; what is missing is tried again next time.
+package that this machine cannot have leaves the others in place; what is missing is tried again next time, but once
+only in a run of bench.suite.
 """
 
 import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +23,14 @@ _PYTHON: Final = HOME / "bin" / "python"
 _PIP: Final = [str(_PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
 _STAMP: Final = HOME / "installed"
 
+TRIED: Final = "BENCH_PEERS_TRIED"
+"""The environment variable that names a file of bench.suite's: it is there once not all could be installed."""
 
+SHOWN: Final = ("iceoryx2", "pyzmq", "numpy", "mlx", "moshi_mlx")
+"""The packages whose versions are told."""
+
+
+@cache
 def python() -> Path:
     """The interpreter of the peers' environment, which is made where it is not there or its list has changed.
 
@@ -28,14 +38,22 @@ def python() -> Path:
     """
     HOME.mkdir(exist_ok=True)
     with _locked():
-        if not (_STAMP.exists() and _STAMP.read_text() == _wanted()):
+        if not (_STAMP.exists() and _STAMP.read_text() == _wanted()) and not _was_tried():
             _make()
     return _PYTHON
 
 
 def version(package: str) -> str | None:
     """Of a peer; None where it is not installed."""
-    interpreter = python()
+    return _version(python(), package)
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed by now: nothing is made for it."""
+    return {name: found for name in SHOWN if (found := _version(_PYTHON, name))}
+
+
+def _version(interpreter: Path, package: str) -> str | None:
     if not interpreter.exists():
         return None
     program = f"from importlib.metadata import version; print(version({package!r}))"
@@ -52,13 +70,19 @@ def _wanted() -> str:
     return "\n".join([sys.version, *requirements()])
 
 
+def _was_tried() -> bool:
+    return TRIED in os.environ and Path(os.environ[TRIED]).exists()
+
+
 def _make() -> None:
     print(f"Installing the peers into {HOME.name}/ (a minute or two, 400 MB, once)", file=sys.stderr, flush=True)
-    if _failed([sys.executable, "-m", "venv", str(HOME)], "the environment cannot be made"):
-        return
-    failures = sum(_failed([*_PIP, line], f"{line} cannot be installed") for line in requirements())
+    failures = int(_failed([sys.executable, "-m", "venv", str(HOME)], "the environment cannot be made"))
+    if not failures:
+        failures = sum(_failed([*_PIP, line], f"{line} cannot be installed") for line in requirements())
     if not failures:
         _STAMP.write_text(_wanted())
+    elif TRIED in os.environ:
+        Path(os.environ[TRIED]).touch()
 
 
 def _failed(command: list[str], what: str) -> bool:

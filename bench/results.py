@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -129,8 +130,18 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "load average at the start": "{:.2f} (1 min), {:.2f} (5 min), {:.2f} (15 min)".format(*os.getloadavg()),
+        "real-time scheduling": real_time(),
     }
     return found | {name: version for name in _PACKAGES if (version := _version(name))}
+
+
+def real_time() -> str:
+    """Whether programs of this user get real-time scheduling: "permitted" or "not permitted"."""
+    # In a process of its own: to ask is to be promoted.
+    code = "import sys; from pipeline.timing import promote_thread; sys.exit(not promote_thread())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    return "not permitted" if done.returncode else "permitted"
 
 
 def _cpu() -> str:

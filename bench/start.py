@@ -58,6 +58,10 @@ FLOOR: Final = "import numpy, zmq, msgspec, posix_ipc, membar"
 PROGRAMS: Final = ("pipeline.cli.talk", *(process.module for process in PROCESSES))
 
 
+_CAN_FORGET: Final = sys.platform == "linux"
+"""macOS has no posix_fadvise."""
+
+
 class Kind(NamedTuple):
     """A kind of run."""
 
@@ -231,6 +235,7 @@ def files() -> Iterator[Path]:
 
 def forget() -> None:
     """Have the system forget those files' pages, as far as no process has them mapped."""
+    assert sys.platform == "linux"
     for path in files():
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -401,14 +406,23 @@ the model is a tiny one of random weights, q4. Byte code is there in every case.
 {devices}An interpreter that imports what no stage can do without ({floor}) and does nothing took {floor_ms} ms, from
 its execution to its end, in turn with the others.
 
+{cold}"""
+
+_COLD: Final = """\
 *Cold*: `posix_fadvise(POSIX_FADV_DONTNEED)` on every file of the standard library, of the installed packages and of
 ours. What another process has mapped stays in memory, the interpreter itself among it, so that this is less cold than
 after the machine's start. Reading the packages' shared libraries took {warm_s} s before and {cold_s} s after it."""
+
+_NO_COLD: Final = "No cold starts were measured."
+_CANNOT_FORGET: Final = """\
+Cold starts cannot be measured here: this system has no `posix_fadvise`, by which it is told to forget files."""
 
 
 def measure(repeats: int, colds: int, seconds: float) -> Section:
     """Everything, as a section."""
     began = time.monotonic()
+    colds = colds if _CAN_FORGET else 0
+    read_s: dict[str, float] = {}
     warm: dict[str, list[Figures]] = defaultdict(list)
     cold: dict[str, list[Figures]] = defaultdict(list)
     floors_ms = []
@@ -423,21 +437,24 @@ def measure(repeats: int, colds: int, seconds: float) -> Section:
             for kind in all_kinds:
                 print(f"{kind.title}: {turn + 1} of {repeats}", file=sys.stderr)
                 warm[kind.title].append(start(kind, seconds if turn == repeats - 1 else 0.0))
-        libraries_read_s()
-        warm_s = libraries_read_s()
-        forget()
-        cold_s = libraries_read_s()
-        for _ in range(colds):
+        if colds:
+            libraries_read_s()
+            read_s["warm"] = libraries_read_s()
+            forget()
+            read_s["cold"] = libraries_read_s()
+        for turn in range(colds):
             for kind in all_kinds:
+                print(f"{kind.title}, cold: {turn + 1} of {colds}", file=sys.stderr)
                 forget()
                 cold[kind.title].append(start(kind))
     imported = {program: imports_us(program) for program in PROGRAMS}
+    no_cold = _NO_COLD if _CAN_FORGET else _CANNOT_FORGET
+    read = {f"{name}_s": results.figure(value) for name, value in read_s.items()}
     text = _TEXT.format(
         devices="" if package is None else f"Not measured here: sound devices, for want of {package}. ",
         floor=FLOOR.removeprefix("import "),
         floor_ms=results.spread(floors_ms),
-        warm_s=results.figure(warm_s),
-        cold_s=results.figure(cold_s),
+        cold=_COLD.format(**read) if read else no_cold,
     )
     tables = [start_table("Warm", warm, f"{repeats} starts each, in turn.")]
     if colds:
@@ -453,7 +470,7 @@ def measure(repeats: int, colds: int, seconds: float) -> Section:
         targets=targets(warm, floors_ms),
         plots=[plot(warm)],
         figures={"warm": warm, "cold": cold, "floor_ms": floors_ms, "imports_us": imported,
-                 "libraries_read_s": {"warm": warm_s, "cold": cold_s}},
+                 "libraries_read_s": read_s},
     )  # fmt: skip
 
 
@@ -461,7 +478,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="warm starts of each kind")
-    parser.add_argument("--colds", type=int, default=2, help="cold ones")
+    parser.add_argument("--colds", type=int, default=2, help="cold ones; none on macOS")
     parser.add_argument("--seconds", type=float, default=10.0, help="at rest, of each kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

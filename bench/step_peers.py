@@ -506,9 +506,11 @@ _SECTION_TEXT: Final = """\
 A step of the language model: eight codes that were heard go in, a text token and eight codes to speak come out.
 *Stock* is moshi_mlx's LmGen, called and read back as its `local.py` does; *ours* is `procs/model/generator.py`, with
 the same sampling and the same weights, which are random, of size tiny ({layers} layers of {dim}; Moshi has 32 of
-4096). On {device}. Each run is a process of its own, {frames} frames after {untimed} that are not timed; stock and
-ours take turns, in both orders. A tiny model's step is nearly all host work, the part that is ours to shorten; of the
-true model's, most is reading its weights, which is the same for both. True shapes on a GPU: [model.md](model.md).
+4096). On {device}. Both run on the mlx that we have, {mlx}, so that only the code differs; upstream's own pin is mlx
+<0.27, so that its users may have an older one. Each run is a process of its own, {frames} frames after {untimed} that
+are not timed; stock and ours take turns, in both orders. A tiny model's step is nearly all host work, the part that is
+ours to shorten; of the true model's, most is reading its weights, which is the same for both. True shapes on a GPU:
+[model.md](model.md).
 
 Where both take the likeliest tokens: {agreed}."""
 
@@ -537,6 +539,7 @@ def section(frames: int, repeats: int) -> Section:
         device=rows[0]["device"],
         frames=frames,
         untimed=rows[0]["untimed_frames"],
+        mlx=rows[0]["versions"]["mlx"],
         agreed="; ".join(agreement(greedy).split("\n")[1::2]),
     )
     pairs = {quality: _pairs(rows, quality) for quality in SECTION_QUALITIES}

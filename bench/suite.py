@@ -7,6 +7,7 @@ are run, and a page of them is written only where --out says into which folder: 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from bench import results
+from bench import peers, results
 from bench.results import ROOT, Plot, Section, Target
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ SECTIONS: Final = {
     "telemetry": "--section",
 }
 """The benchmarks, and the option by which each writes a section to a file."""
+
+_TITLES: Final = {
+    "ring": "a hop between processes, against queues and other transports",
+    "frontend": "our front end against upstream's, heard from outside",
+    "step_peers": "the model's step, against upstream's",
+    "start": "the start, memory, and a run at rest",
+    "loading": "loading a checkpoint",
+    "telemetry": "what telemetry costs",
+}
 
 PAGE: Final = "benchmarks.md"
 _WIDTH_IN, _HEIGHT_IN = 9.0, 4.5
@@ -60,23 +70,35 @@ def run(names: Sequence[str]) -> Report:
     began_s = time.monotonic()
     report = Report(results.machine(), 0.0, [], [])
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            section = _section(name, Path(folder) / f"{name}.json")
+        for number, name in enumerate(names, 1):
+            print(f"[{number}/{len(names)}] {_TITLES.get(name, name)} (bench.{name})", file=sys.stderr, flush=True)
+            section = _section(name, Path(folder))
             if section:
                 report.sections.append(section)
             else:
                 report.failed.append(name)
+    report.machine |= {f"the peers' {name}": version for name, version in peers.versions().items()}
     report.seconds = time.monotonic() - began_s
     return report
 
 
-def _section(name: str, path: Path) -> Section | None:
-    print(f"bench.{name}", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", f"bench.{name}", SECTIONS[name], str(path)], cwd=ROOT, check=False)
+def _section(name: str, folder: Path) -> Section | None:
+    path = folder / f"{name}.json"
+    # What one section could not install the next ones do not try again.
+    environment = {**os.environ, peers.TRIED: str(folder / "tried")}
+    command = [sys.executable, "-m", f"bench.{name}", SECTIONS[name], str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     if done.returncode or not path.exists():
         print(f"bench.{name} failed: exit code {done.returncode}", file=sys.stderr, flush=True)
         return None
-    return results.read(path)
+    section = results.read(path)
+    print(f"bench.{name} took {section.seconds:.0f} s: {_met([section])}", file=sys.stderr, flush=True)
+    return section
+
+
+def _met(sections: Sequence[Section]) -> str:
+    targets = [target for section in sections for target in section.targets]
+    return f"{sum(target.met for target in targets)} of {len(targets)} targets met"
 
 
 # The page
@@ -95,14 +117,14 @@ def write(report: Report, folder: Path) -> None:
 def page(report: Report) -> str:
     """The page, as Markdown."""
     targets = [target for section in report.sections for target in section.targets]
-    met = sum(target.met for target in targets)
     parts = [
         "# Measured side by side",
         "Made by `make bench`, which runs us and each peer on the same work, in one run, in turns. A figure with two "
-        "in brackets is the median of the repeats, with the smallest and the largest; ratios are taken within a "
-        "repeat. The same, with every repeat, is in [benchmarks.json](benchmarks.json).",
+        "in brackets is the median of the repeats, with the smallest and the largest, and ratios are taken within a "
+        "repeat, where a section does not say otherwise. The same, with every repeat, is in "
+        "[benchmarks.json](benchmarks.json).",
         results.markdown_table(["", ""], [[key, value] for key, value in report.machine.items()]),
-        f"{report.seconds / 60:.0f} minutes; {met} of {len(targets)} targets met.",
+        f"{report.seconds / 60:.0f} minutes; {_met(report.sections)}.",
         *_missed(targets),
         *(f"`bench.{name}` ended with an error, and is missing here." for name in report.failed),
         *(results.markdown(section, "img").rstrip() for section in report.sections),
@@ -157,11 +179,16 @@ def main() -> None:
     unknown = [name for name in arguments.sections if name not in SECTIONS]
     if unknown:
         parser.error(f"section {unknown[0]!r}: expected one of {', '.join(SECTIONS)}")
-    report = run(arguments.sections or list(SECTIONS))
+    names = arguments.sections or list(SECTIONS)
+    print(f"Benchmarks: {', '.join(names)}. Other programs disturb them: leave the machine alone.", file=sys.stderr)
+    report = run(names)
     out = arguments.out or (None if arguments.sections else ROOT / "docs")
     if out:
         write(report, out)
-        print(f"written: {out / PAGE}")
+    print(f"Done in {report.seconds / 60:.0f} minutes: {_met(report.sections)}.")
+    if report.failed:
+        print(f"Ended with an error: {', '.join(report.failed)}.")
+    print(f"The page is {out / PAGE}" if out else "Of single sections no page is written: --out FOLDER writes one")
     sys.exit(1 if report.failed else 0)
 
 

@@ -1,7 +1,10 @@
 """What the benchmarks have in common, the page they make, and bench.ring in short: real processes, few messages."""
 
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +73,8 @@ def test_the_machine_is_named() -> None:
     found = results.machine()
     assert {"cpu", "cores", "memory", "os", "python", "commit", "date", "numpy"} <= found.keys()
     assert all(found.values())
+    assert found["real-time scheduling"] in {"permitted", "not permitted"}
+    assert found["load average at the start"].count("min)") == 3
 
 
 # The page
@@ -104,7 +109,9 @@ def test_a_benchmark_that_fails_is_named_and_the_others_are_run(
 ) -> None:
     monkeypatch.setattr(suite, "SECTIONS", {"absent": "--json", "missing": "--json"})
     assert suite.run(["absent", "missing"]).failed == ["absent", "missing"]
-    assert "bench.missing failed: exit code 1" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "[2/2] missing (bench.missing)\n" in said
+    assert "bench.missing failed: exit code 1" in said
 
 
 def test_a_section_that_is_not_there_is_refused() -> None:
@@ -120,14 +127,42 @@ def test_a_section_that_is_not_there_is_refused() -> None:
 # The peers' environment
 
 
-def test_an_environment_that_is_as_listed_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def peers_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """In the place of .bench/, with this interpreter as the peers'."""
     monkeypatch.setattr(peers, "HOME", tmp_path)
     monkeypatch.setattr(peers, "_STAMP", tmp_path / "installed")
     monkeypatch.setattr(peers, "_PYTHON", Path(sys.executable))
-    (tmp_path / "installed").write_text(peers._wanted())
+    peers.python.cache_clear()
+    yield tmp_path
+    peers.python.cache_clear()
+
+
+def test_an_environment_that_is_as_listed_is_taken_as_it_is(peers_home: Path) -> None:
+    (peers_home / "installed").write_text(peers._wanted())
     assert peers.python() == Path(sys.executable)
     assert peers.version("numpy") is not None
     assert peers.version("no-such-package") is None
+    assert peers.versions()["numpy"] == peers.version("numpy")
+
+
+def test_what_cannot_be_installed_is_tried_once_in_a_run(monkeypatch: pytest.MonkeyPatch, peers_home: Path) -> None:
+    tried = []
+
+    def failed(command: list[str], what: str) -> bool:
+        tried.append(command)
+        return "iceoryx2" in what
+
+    monkeypatch.setattr(peers, "_failed", failed)
+    monkeypatch.setenv(peers.TRIED, str(peers_home / "tried"))
+    for _ in range(2):  # two sections, each a program of its own
+        peers.python()
+        peers.python()
+        peers.python.cache_clear()
+    assert len(tried) == 1 + len(peers.requirements())
+    monkeypatch.delenv(peers.TRIED)
+    peers.python()
+    assert len(tried) == 2 * (1 + len(peers.requirements()))
 
 
 def test_what_cannot_be_installed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,8 +185,9 @@ def own_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def leftovers() -> set[Path]:
-    """Shared memory of rings and of transports."""
-    return {path for pattern in ("pl-*-bench", "plhop*") for path in Path("/dev/shm").glob(pattern)}  # noqa: S108
+    """Shared memory of rings and of transports, and their folders."""
+    folders = [Path("/dev/shm"), Path(tempfile.gettempdir())]  # noqa: S108
+    return {path for folder in folders for pattern in ("pl-*-bench", "plhop*") for path in folder.glob(pattern)}
 
 
 @pytest.mark.usefixtures("own_python")
@@ -163,6 +199,41 @@ def test_every_message_comes_over(transport: str) -> None:
             result = running[transport].carry_out(task)
             assert len(result["latency_us"]) == 50
             assert min(result["latency_us"]) > 0
+
+
+@pytest.mark.usefixtures("own_python")
+def test_a_transport_that_hangs_is_killed_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ring.hosts(["ring"]) as running:
+        monkeypatch.setattr(ring, "_PATIENCE_S", 1.0)
+        program = running["ring"]._program
+        os.killpg(program.pid, signal.SIGSTOP)
+        with pytest.raises(ChildProcessError, match=r"ring gave no result within 1\.5 s"):
+            running["ring"].carry_out({"samples": FRAME, "count": 5, "interval_s": 0.1, "before_s": 0.0})
+    assert program.returncode == -signal.SIGTERM
+
+
+@pytest.mark.usefixtures("own_python")
+def test_a_transport_that_does_not_begin_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ring.TRANSPORTS, "pigeon", ring.Transport("pigeon"))
+    with pytest.raises(ChildProcessError, match="pigeon"):
+        ring.Host("pigeon").__enter__()
+
+
+@pytest.mark.parametrize(("count", "percentile", "above"), [(300, 99, 3), (1_050, 99, 11), (1_050, 99.9, 2)])
+def test_a_percentile_stands_on_the_messages_above_it(count: int, percentile: float, above: int) -> None:
+    assert ring._above(count, percentile) == above
+    values = list(range(count))
+    assert sum(value > ring.pooled(values)[f"p{percentile:g}_us"] for value in values) == above
+
+
+def test_a_target_is_of_all_messages_together() -> None:
+    all_us = {"ring": [1.0] * 198 + [9.0] * 2, "queue": [10.0] * 200, "promoted": [1.0] * 200}
+    halves = {name: [us[:100], us[100:]] for name, us in all_us.items()}
+    found = {name: [ring.pooled(half) for half in both] for name, both in halves.items()}
+    target, missing = ring.targets_of(ring.FRAMES, found, all_us)
+    assert target.measured == "0.108 (0.1 to 0.9) times, of 200 messages each"
+    assert target.met
+    assert (missing.measured, missing.met) == ("not installed", False)
 
 
 @pytest.mark.skipif(not peers._STAMP.exists(), reason="the peers' environment was not made: make bench")
@@ -196,6 +267,7 @@ def test_all_is_measured_and_a_peer_that_is_missing_is_said_to_be(monkeypatch: p
     assert [table.title for table in section.tables[-2:]] == ["CPU, in % of a core", "Back to back"]
     assert len(section.tables) == len(ring.cases()) + 2
     assert all(len(row) == len(table.columns) for table in section.tables for row in table.rows)
+    assert len(section.targets) == 2 * len(ring.cases())  # none of the promoted ring's
     against = [target for target in section.targets if "iceoryx2" in target.what]
     assert {(target.measured, target.met) for target in against} == {("not installed", False)}
     titles = [[row[0] for row in table.rows] for table in section.tables[: len(ring.cases())]]

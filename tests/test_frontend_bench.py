@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 import pytest
+import soundfile
 
 from bench import frontend, results, upstream
 from bench.frontend import Case, Figures, Gap, Heard, listen, sound
@@ -131,14 +132,14 @@ def test_the_stand_in_for_the_model_takes_its_time_and_says_when_it_answers_the_
 def figures(p50_ms: float, end_ms: float, cuts: int) -> Figures:
     heard = Heard([(float(at), p50_ms if at < 20 else end_ms) for at in range(24)], [Gap(24, True, True)] * cuts, 0.0)
     told = {"before": {"xruns": {"playback": 1}}, "after": {"xruns": {"playback": 1 + cuts}}}
-    return {**frontend.summary(heard), "cpu_percent": 10.0, "told": told}
+    return {**frontend.summary(heard), "cpu_percent": 10.0, "told": told, "exit_code": 0}
 
 
 def test_targets_are_met_or_missed(tmp_path: Path) -> None:
     quiet = {"ours": [figures(200, 200, 0)], "upstream": [figures(270, 270, 3)]}
     stall = {"ours": [figures(200, 205, 0)], "upstream": [figures(400, 2_400, 1)]}
     section = frontend.section({"quiet": quiet, "stall of 2 s": stall}, "0.3.0", 1.0, "command")
-    assert [target.met for target in section.targets] == [False, True, True]
+    assert [target.met for target in section.targets] == [False, True, True, True]
     assert "70 ms less" in section.targets[0].measured
     assert section.targets[1].measured == "0 (of 0 gaps); upstream 4 (of 4 gaps)"
     assert [plot.name for plot in section.plots] == ["frontend-latency", "frontend-stall"]
@@ -150,11 +151,58 @@ def test_targets_are_met_or_missed(tmp_path: Path) -> None:
 def test_where_upstream_is_not_installed_ours_is_told_alone() -> None:
     found = {"quiet": {"ours": [figures(200, 200, 0)]}, "stall of 2 s": {"ours": [figures(200, 205, 1)]}}
     section = frontend.section(found, None, 1.0, "command")
-    assert [target.met for target in section.targets] == [False, False, True]
+    assert [target.met for target in section.targets] == [False, False, True, True]
     assert "ran dry, 1 times" in section.targets[1].why
-    assert all("upstream's package is not installed" in target.measured for target in section.targets)
+    assert all("upstream's package is not installed" in target.measured for target in section.targets[:-1])
     assert [list(plot.series) for plot in section.plots] == [["ours"], ["ours"]]
     assert len(section.tables[0].rows) == 2
+
+
+def test_a_run_that_does_not_end_cleanly_misses_a_target() -> None:
+    found = {"quiet": {"ours": [figures(200, 200, 0), figures(200, 200, 0) | {"exit_code": 1}]}}
+    assert (frontend._clean(found).measured, frontend._clean(found).met) == ("1 of 2; others 1", False)
+
+
+@pytest.mark.parametrize("sides", ["ours", "upstream", "ours and upstream"])
+def test_a_trial_that_fails_is_told_beside_the_others(sides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(begin: object, case: Case, seconds: float, seed: int) -> Figures:
+        side = "ours" if begin is frontend.ours else "upstream"
+        if seed == 0 and side in sides:
+            raise ValueError("first\nlast")
+        return figures(200 if side == "ours" else 300, 200, 0)
+
+    monkeypatch.setattr(frontend, "trial", trial)
+    cases = [(Case(name), 1.0, repeats) for name, repeats in (("quiet", 2), ("stall of 2 s", 1))]
+    found = frontend.measure(cases, Path(sys.executable))
+    section = frontend.section(found, "0.3.0", 1.0, "command")
+    faults = section.tables[-1]
+    assert faults.title == "Trials that failed"
+    assert {tuple(row[1:]) for row in faults.rows} == {(side, "1", "ValueError: last") for side in sides.split(" and ")}
+    assert "100 ms less" in section.targets[0].measured
+    assert section.targets[-1].met == ("ours" not in sides)
+    assert all(len(row) == len(table.columns) for table in section.tables for row in table.rows)
+
+
+def test_the_command_on_the_page_has_no_file_and_can_be_repeated() -> None:
+    arguments = frontend._parser().parse_args(["--json", "/tmp/x.json", "--seconds", "5", "all cores busy"])  # noqa: S108
+    assert frontend.command(arguments) == "python -m bench.frontend --seconds 5 'all cores busy'"
+
+
+def test_without_a_sound_server_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.frontend"])
+    monkeypatch.setattr(frontend, "missing", lambda: "pulseaudio")
+    with pytest.raises(SystemExit, match="2"):
+        frontend.main()
+    said = capsys.readouterr().err
+    assert said == "bench.frontend needs a virtual sound server: pulseaudio is missing (make system)\n"
+
+
+def test_the_end_of_a_recording_is_the_speakers_last_second(tmp_path: Path) -> None:
+    both = np.random.default_rng(1).uniform(-1, 1, (2 * SAMPLE_RATE, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "both.wav", both, SAMPLE_RATE, subtype="FLOAT")
+    assert np.array_equal(frontend._tail(tmp_path / "both.wav"), both[SAMPLE_RATE:, 1])
 
 
 @pytest.mark.usefixtures("sound_cable")  # the trials have one each of their own: here it says whether there can be one
