@@ -181,8 +181,9 @@ class Transcript:
             self._pieces.append(record)
 
     def write(self, block: Block, now: int) -> None:
-        """Write the words whose times are known. `block` is the last that was recorded. Raises OSError."""
+        """Write the words that were heard until the end of `block`, the last that was recorded. Raises OSError."""
         self._read_marks()
+        end_ns = block.time_ns + taps.ns_of(len(block.samples))
         while self._pieces:
             piece = self._pieces[0]
             time_ns = self._played_ns.get(piece.frame)
@@ -190,6 +191,8 @@ class Transcript:
                 if now - piece.time_ns < _MARK_PATIENCE_NS:
                     return
                 time_ns = piece.time_ns  # it was skipped
+            if time_ns >= end_ns:
+                return  # sent to the speaker, and not recorded yet
             time_s = block.position / SAMPLE_RATE + (time_ns - block.time_ns) / NS_PER_S
             self._pieces.popleft()
             if time_s >= 0:

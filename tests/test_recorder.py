@@ -210,6 +210,8 @@ def test_a_word_has_the_time_at_which_its_first_piece_was_played() -> None:
         for frame in (7, 8, 9):
             writer.mark(0, frame, 0, BEGIN_NS + (frame + 3) * FRAME_NS, 0)
         transcript.write(block(11), BEGIN_NS)
+        assert out.getvalue() == ""  # " you" begins in what is not recorded yet
+        transcript.write(block(12), BEGIN_NS)
         assert out.getvalue() == "0.80  hello\n"
         transcript.end(block(12))
         assert out.getvalue() == "0.80  hello\n0.96  you\n"
