@@ -151,7 +151,7 @@ def draw(plot: Plot, path: Path) -> None:
         if plot.log:
             axes.set_yscale("log")
         if len(plot.series) > 1:
-            axes.legend()
+            drawing.legend(loc="outside lower center", ncols=3)
         drawing.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
