@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal
 
 import msgspec
 import psutil
+
+from pipeline import apple, packages
 
 ROOT: Final = Path(__file__).parent.parent
 _PACKAGES: Final = ("moshi-pipeline", "numpy", "msgspec", "pyzmq", "pymembar", "posix_ipc", "mlx", "moshi_mlx")
@@ -68,9 +69,9 @@ class Section(msgspec.Struct, forbid_unknown_fields=True):
     """Raw numbers, with every repeat."""
 
 
-def write(section: Section, path: Path) -> None:
-    """As JSON, one figure a line."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(section)) + b"\n")
+def write(found: msgspec.Struct, path: Path) -> None:
+    """A section, or what holds several, as JSON, one figure a line."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
 
 
 def read(path: Path) -> Section:
@@ -133,7 +134,7 @@ def machine() -> dict[str, str]:
         "load average at the start": "{:.2f} (1 min), {:.2f} (5 min), {:.2f} (15 min)".format(*os.getloadavg()),
         "real-time scheduling": real_time(),
     }
-    return found | {name: version for name in _PACKAGES if (version := _version(name))}
+    return found | {name: version for name in _PACKAGES if (version := packages.version(name))}
 
 
 def real_time() -> str:
@@ -149,8 +150,7 @@ def _cpu() -> str:
     if info.exists():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         return names[0] if names else platform.machine()
-    done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or platform.machine()
+    return apple.sysctl("machdep.cpu.brand_string") or platform.machine()
 
 
 def _commit() -> str:
@@ -159,10 +159,3 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

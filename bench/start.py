@@ -28,9 +28,8 @@ import soundfile
 
 from bench import results
 from bench.results import ROOT, Plot, Section, Table, Target
-from bench.telemetry import used_s
-from pipeline import control, messages
-from pipeline.errors import ControlError
+from bench.telemetry import ask, status_of, used_s
+from pipeline import messages
 from pipeline.messages import Reply, RunRecord, StageRecord, StatusReport
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from pipeline.topology import PROCESSES
@@ -105,18 +104,13 @@ class Started:
             stderr=self._log,
         )
 
-    def ask(self, verb: str, **values: object) -> Reply:
+    def ask(self, verb: str) -> Reply:
         """Send a command. Raises ControlError."""
-        reply = control.request(self._control, msgspec.json.encode({"verb": verb, **values}), _ANSWER_S)
-        if not reply.ok:
-            raise ControlError(reply.error)
-        return reply
+        return ask(self._control, verb)
 
     def status(self) -> StatusReport:
-        """Its status now."""
-        status = self.ask("status").status
-        assert status is not None
-        return status
+        """Its status now. Raises ControlError."""
+        return status_of(self._control)
 
     def running(self) -> StatusReport:
         """Wait until all stages run; it is asked seldom, to leave it the processor."""

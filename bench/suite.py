@@ -107,7 +107,7 @@ def _met(sections: Sequence[Section]) -> str:
 def write(report: Report, folder: Path) -> None:
     """The page, what it was made of, and its plots."""
     (folder / "img").mkdir(parents=True, exist_ok=True)
-    (folder / "benchmarks.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    results.write(report, folder / "benchmarks.json")
     (folder / PAGE).write_text(page(report))
     for section in report.sections:
         for plot in section.plots:

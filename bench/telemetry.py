@@ -31,6 +31,7 @@ from bench import results as suite
 from bench.results import Plot, Section, Table, Target
 from pipeline import control, messages
 from pipeline.control import Hub, StageLink, Subscription
+from pipeline.errors import ControlError
 from pipeline.messages import Reply, StatusReport, TimingRecord
 from pipeline.timing import NS_PER_MS, NS_PER_S, now_ns
 from tests.runs import Runs
@@ -118,6 +119,21 @@ def used_s(process: psutil.Process) -> float:
     return sum(process.cpu_times()[:2])
 
 
+def ask(run: Path, verb: str, **values: object) -> Reply:
+    """Send a command to the run whose control socket that is. Raises ControlError."""
+    reply = control.request(run, msgspec.json.encode({"verb": verb, **values}), _ANSWER_S)
+    if not reply.ok:
+        raise ControlError(reply.error)
+    return reply
+
+
+def status_of(run: Path) -> StatusReport:
+    """Its status now. Raises ControlError."""
+    status = ask(run, "status").status
+    assert status is not None
+    return status
+
+
 class Watched:
     """A run that is measured."""
 
@@ -128,16 +144,9 @@ class Watched:
         self._processes = {str(name): psutil.Process(stage.pid) for name, stage in stages.items()}
         self._processes["supervisor"] = psutil.Process(supervisor)
 
-    def _ask(self, verb: str, **values: object) -> Reply:
-        reply = control.request(self._control, msgspec.json.encode({"verb": verb, **values}), _ANSWER_S)
-        assert reply.ok, reply.error
-        return reply
-
     def status(self) -> StatusReport:
         """The run's status now."""
-        status = self._ask("status").status
-        assert status is not None
-        return status
+        return status_of(self._control)
 
     def cpu_s(self) -> dict[str, float]:
         """Processor time that each process has used."""
@@ -146,7 +155,7 @@ class Watched:
     def steps_ms(self, begin_ns: int, end_ns: int) -> list[float]:
         """How long each frame's work in inference took, of those that began between two moments."""
         seconds = 1 + (now_ns() - begin_ns) / NS_PER_S
-        events = [msgspec.json.decode(record) for record in self._ask("trace", seconds=seconds).records]
+        events = [msgspec.json.decode(record) for record in ask(self._control, "trace", seconds=seconds).records]
         records = [msgspec.convert(record, TimingRecord) for topic, record in events if topic == "timing.inference"]
         took = [
             (record.end_ns - record.start_ns) / NS_PER_MS for record in records if begin_ns <= record.start_ns < end_ns

@@ -37,10 +37,11 @@ def need_moshi_mlx() -> None:
 
 def versions() -> dict[str, str | None]:
     """Of each package; None if it is missing."""
-    return {name: _version(name) for name in NAMES}
+    return {name: version(name) for name in NAMES}
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of an installed package; None where it is not there."""
     from importlib import metadata
 
     try:

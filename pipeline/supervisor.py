@@ -170,8 +170,8 @@ class _StageProcess:
     """It was told to end, to be started again at once."""
     restart: Asked | None = None
     """The command that asked for that."""
-    ended_ns: int | None = None
-    """When it was first seen to have ended."""
+    words_by_ns: int | None = None
+    """Until when its last words are waited for, once it was seen to have ended."""
     kill_at_ns: int | None = None
     """When it is to be killed if it has not ended by itself."""
     missed: int = 0
@@ -376,7 +376,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
 
     def _spawn(self, stage: _StageProcess) -> None:
-        stage.kill_at_ns, stage.ended_ns, stage.missed, stage.renewing = None, None, 0, False
+        stage.kill_at_ns, stage.words_by_ns, stage.missed, stage.renewing = None, None, 0, False
         stage.popen = self._start_process(stage.process)
         self._set_state(stage, "starting")
 
@@ -484,9 +484,9 @@ class Supervisor:
         deadlines = [stage.restart_at_ns for stage in self._stages.values() if stage.state == "backoff"]
         deadlines += [stage.kill_at_ns for stage in self._stages.values() if stage.kill_at_ns is not None]
         deadlines += [
-            stage.ended_ns + round(WORDS_S * NS_PER_S)
+            stage.words_by_ns
             for stage in self._stages.values()
-            if stage.ended_ns is not None and stage.state != "backoff"
+            if stage.words_by_ns is not None and stage.state != "backoff"
         ]
         others = (self._stop_at_ns, self._drained_by_ns, self.requests.deadline_ns())
         deadlines += [at for at in others if at is not None]
@@ -560,8 +560,9 @@ class Supervisor:
         """Whether it says why it has ended, and that is under way: a process may be gone before its words come."""
         if code != EXIT_REFUSED or stage.state == "fatal" or stage.renewing:
             return False
-        stage.ended_ns = stage.ended_ns or self._clock()
-        return self._clock() < stage.ended_ns + round(WORDS_S * NS_PER_S)
+        now = self._clock()
+        stage.words_by_ns = stage.words_by_ns or now + round(WORDS_S * NS_PER_S)
+        return now < stage.words_by_ns
 
     def _see_deaths(self) -> None:
         self.recording.see_death(self._clock(), _how_it_ended)

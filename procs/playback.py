@@ -58,7 +58,7 @@ class Jitter:
         self._delays_ns: deque[int] = deque(maxlen=_JITTER_FRAMES)
         self._late_ns: deque[int] = deque(maxlen=_JITTER_FRAMES)
         self._before_ns = 0
-        self._first_ns: int | None = None
+        self._first_ns = 0
 
     def late_ns(self, mark: Mark) -> int:
         """How much longer than the earliest this frame took from the microphone until it was complete."""
@@ -68,16 +68,16 @@ class Jitter:
     def add(self, mark: Mark) -> None:
         """Take in the frame that is played next."""
         late_ns = self.late_ns(mark)
+        if not self._delays_ns:
+            self._first_ns = mark.end_ns - mark.captured_ns
         self._delays_ns.append(mark.end_ns - mark.captured_ns)
-        if self._first_ns is None:
-            self._first_ns = self._delays_ns[0]
         self._late_ns.append(late_ns if self._before_ns <= late_ns <= FRAME_NS else 0)
         self._before_ns = late_ns
 
     @property
     def began_late_ns(self) -> int:
         """How much later than the earliest the very first frame came: all that followed it wait for so long."""
-        return (self._first_ns or 0) - min(self._delays_ns, default=self._first_ns or 0)
+        return self._first_ns - min(self._delays_ns, default=self._first_ns)
 
     @property
     def spread_ns(self) -> int:
@@ -117,7 +117,7 @@ class Player:
         self._gain = 1.0
         self._playing = False
         self._sounding = False
-        self._disturbed = self._begun = self._source.position > 0
+        self._disturbed = self._source.position > 0
         self._leaving = False
         self._rise = rising()
         self._fall = falling()
@@ -227,9 +227,8 @@ class Player:
                 return False
         self._playing = True
         self._sounding = False
-        if self._begun:
+        if source.position:
             self._risen = 0
-        self._begun = True
         return True
 
     def _uniform(self) -> int:

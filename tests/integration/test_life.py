@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench import results
 from pipeline import ring
 from pipeline.topology import PROCESSES, RINGS
 from tests.runs import Run, Runs, children, wait_for
@@ -277,13 +278,9 @@ def test_who_shares_the_interpreters_lock_with_a_callback_is_nearly_as_urgent(ru
     with runs.up("--engine", "echo", "--input", "silence", "--output", "null") as run:
         pids = {name: stage["pid"] for name, stage in run.running()["stages"].items()}
         policies = {name: os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK for name, pid in pids.items()}
-        assert policies["capture"] == policies["playback"] == (os.SCHED_FIFO if permitted() else os.SCHED_OTHER)
+        assert (
+            policies["capture"]
+            == policies["playback"]
+            == (os.SCHED_FIFO if results.real_time() == "permitted" else os.SCHED_OTHER)
+        )
         assert run.interrupt() == 0, run.err
-
-
-def permitted() -> bool:
-    """Whether this user's programs get real-time scheduling."""
-    return "True" in subprocess.run(
-        [sys.executable, "-c", "from pipeline.timing import promote_thread; print(promote_thread())"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
