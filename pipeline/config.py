@@ -53,8 +53,9 @@ class PlaybackConfig(_Section):
     """`device`, `device:NAME` (or its index), `file:PATH` or `null`."""
     block_ms: Annotated[float, Meta(ge=1, le=80)] = 5.0
     """What one device callback moves."""
-    latency_ms: Milliseconds = 20.0
-    """What is asked of the device. It reports what it gives."""
+    latency_ms: Milliseconds = 40.0
+    """What is asked of the device at first. It reports what it gives. One that runs dry twice within a minute is opened
+    anew and asked for twice as much, up to 80."""
     volume: Volume = 1.0
     """What samples are multiplied by before they are sent; 1 sends them as they are."""
     prebuffer_ms: PrebufferMs | None = None

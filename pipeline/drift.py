@@ -167,10 +167,16 @@ class Drift:
 
     def _observe(self, phase_s: float) -> None:
         surprise = phase_s - self._state[0]
-        self._jitter += ((surprise - self._before_s) ** 2 / 2 - self._jitter) / _JITTER_LOOKS
+        most_s = max(_JUMP_NOISES * self._noise**0.5, _JUMP_SIGMAS * self._jitter**0.5)
+        # A jump is no jitter: counted in full, it would have the next ones taken for dates that vary, and for a rate.
+        change_s = min(most_s, abs(surprise - self._before_s))
+        self._jitter += (change_s**2 / 2 - self._jitter) / _JITTER_LOOKS
         self._before_s = surprise
-        if abs(surprise) > max(_JUMP_NOISES * self._noise**0.5, _JUMP_SIGMAS * self._jitter**0.5):
-            self._jump()
+        if abs(surprise) > most_s:
+            self._jumps += 1
+            if self._jumps == _JUMPS:
+                self._rate_error = max(self._rate_error, _NEXT_RATE)
+                self.break_off()
             return
         self._jumps = 0
         variance = self._spread[0, 0] + self._noise
@@ -179,15 +185,15 @@ class Drift:
         self._spread = self._spread - np.outer(gain, self._spread[0])
         self._rate, self._rate_error = float(self._state[1]), float(self._spread[1, 1] ** 0.5)
 
-    def _jump(self) -> None:
-        """Latency that a device has, or lost, since it was opened anew is its own: it is not to be undone."""
-        self._jumps += 1
-        if self._jumps == _JUMPS:
-            self._running = False
-            self._settled_ns = self._last_ns + round(_SETTLE_S * NS_PER_S)
-            self._rate_error = max(self._rate_error, _NEXT_RATE)
-            if self.correction_ppm:
-                self.correction_ppm = self._rate / PPM
+    def break_off(self) -> None:
+        """Let the phase begin anew, once dates have settled: latency that a device put in, or lost, at once is its own.
+
+        It is not to be undone. The rate is kept, and corrected by if that was so.
+        """
+        self._running = False
+        self._settled_ns = self._last_ns + round((_EVERY_S + _SETTLE_S) * NS_PER_S)
+        if self.correction_ppm:
+            self.correction_ppm = max(-MOST_PPM, min(MOST_PPM, self._rate / PPM))
 
     def _decide(self) -> None:
         apart, error = abs(self._apart), self._apart_error

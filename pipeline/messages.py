@@ -283,7 +283,7 @@ class Timing(Struct, kw_only=True):
 
 
 class Xruns(Struct, kw_only=True):
-    """Over- and underruns that the devices reported."""
+    """Over- and underruns of the devices: those that they reported, and a speaker's that its dates show."""
 
     capture: int = 0
     playback: int = 0
@@ -420,8 +420,8 @@ class XrunRecord(_Record, tag="xrun", kw_only=True):
 
     stage: StageName
     kind: Literal["xrun", "gap", "dropped"]
-    """`xrun`: the device reported an over- or underrun. `gap`: concealment began. `dropped`: frames of the microphone
-    that the engine never sees."""
+    """`xrun`: the device lost samples or ran dry, as it said or as its dates show. `gap`: concealment began.
+    `dropped`: frames of the microphone that the engine never sees."""
     count: int
     """How many since the last record of this kind: times, or frames where they were dropped."""
     time_ns: int

@@ -163,7 +163,7 @@ COUNTERS: Final = (
     Figure("frames", "Frames of 80 ms that the stage has dealt with.", ("stage",), _frames),
     Figure("late_frames", "Frames whose answer took more than 80 ms.", (), _one(lambda s: s.timing.inference.late)),
     Figure("gaps", "Times that the speaker was without a frame to play.", (), _one(lambda s: s.accounting.gaps)),
-    Figure("xruns", "Over- and underruns that the audio device reported.", ("stage",), _xruns),
+    Figure("xruns", "Over- and underruns of the audio device, reported or seen by its dates.", ("stage",), _xruns),
     Figure(
         "captured_samples", "Samples that the microphone gave, at 24 kHz.", (), _one(lambda s: s.accounting.captured)
     ),

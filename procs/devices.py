@@ -61,6 +61,12 @@ _SET_ADD_PEAK_CHUNK: Final = 0x1050
 _CALLBACKS: Final = 25
 """Whose median dates a block."""
 
+_SLIP_NS: Final = 5 * NS_PER_MS
+"""By how much later than foretold a device's dates are, at least, where it had to put in silence."""
+
+_FOLLOW_S: Final = 1.0
+"""In about so long what is foretold follows dates that wander, as a sound server's do by 2 ms a second."""
+
 _FIRST_CALL_NS: Final = 5 * NS_PER_S
 """How long a device may take to call back for the first time: a wireless one takes a second or two."""
 
@@ -604,6 +610,39 @@ class _Dating:
         return _median(self._distances) / NS_PER_MS if self._distances else None
 
 
+class _Underruns:
+    """Notices that a device ran dry: PortAudio says so for each block that makes up for it, or not at all.
+
+    A sound server that had nothing to play for a moment puts in silence, and all dates are later from then on.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._position = 0
+        self._origin_ns = 0.0
+        self._unsure = 2 * _CALLBACKS
+        self._told = False
+
+    def seen(self, count: int, dac_ns: int, told: bool) -> bool:
+        """Whether it ran dry, and no earlier block said so. The next block has `count` samples and is due at `dac_ns`.
+
+        What a device does not tell is found some 15 callbacks later, since a date is a median.
+        """
+        origin_ns = dac_ns - self._position * NS_PER_S / self._rate
+        self._position += count
+        before, self._told = self._told, told
+        slipped = not (self._unsure or told) and origin_ns - self._origin_ns > _SLIP_NS
+        if slipped or told:
+            self._unsure = 2 * _CALLBACKS
+        if self._unsure:
+            # What the dates will be is not known before all that they are the median of is from after it.
+            self._unsure -= 1
+            self._origin_ns = origin_ns
+        else:
+            self._origin_ns += (origin_ns - self._origin_ns) * min(1.0, count / self._rate / _FOLLOW_S)
+        return slipped or (told and not before)
+
+
 class _Silence:
     """Notices a device that calls no more though it is not said to have stopped.
 
@@ -885,6 +924,7 @@ class _PortAudioOutput(_PortAudioStream):
         sd = _portaudio()
         chosen = _choose(sd, name, "output")
         self._dating = _Dating(chosen.rate)
+        self._underruns = _Underruns(chosen.rate)
         self._edge: Vernier | _Converter
         if chosen.rate == SAMPLE_RATE:
             self._edge = Vernier(on_block, correction_ppm)
@@ -904,7 +944,7 @@ class _PortAudioOutput(_PortAudioStream):
 
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
         dac_ns = self._dating.date(count, round((at.outputBufferDacTime - at.currentTime) * NS_PER_S))
-        self._edge.fill(data[:, 0], dac_ns, bool(status.output_underflow))
+        self._edge.fill(data[:, 0], dac_ns, self._underruns.seen(count, dac_ns, bool(status.output_underflow)))
 
 
 def describe() -> dict[str, Any]:

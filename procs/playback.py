@@ -12,7 +12,7 @@ from pipeline import config as settings
 from pipeline.audio import FADE, Samples, falling, level, rising
 from pipeline.control import HasFileno
 from pipeline.drift import Drift
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, DeviceLostError
 from pipeline.messages import AnyCommand, Finished, Output, Set, TimingRecord, XrunRecord, dbfs
 from pipeline.ring import Consumer, Mark, Ring, RingReader, RingWriter
 from pipeline.stretch import ALIKE, LEAST, OVERLAP, find_joint, warm_up
@@ -42,6 +42,16 @@ _BURSTS = 32
 
 _LATE_NS = 10 * NS_PER_MS
 """A first frame that is later by so much, as a model's first step may be, is made up for."""
+
+_DRY = 2
+_DRY_WITHIN_NS = 60 * NS_PER_S
+"""So many underruns within so long, and the device is asked for twice the latency: one alone is an accident."""
+
+_ONE_NS = NS_PER_S
+"""Underruns that follow one another sooner are of one cause."""
+
+_MOST_LATENCY_MS = 80.0
+"""More is never asked for of itself: so long is a frame."""
 
 _CONCESSION = 0.1
 """How much less alike two stretches need be after each frame in which there were none to shorten it by."""
@@ -400,12 +410,15 @@ class Playback:
         self._settings = threading.Lock()
         self._held = Held(context, "output", self._open_present, self._begin_anew, self._fade_out)
         self._spec = config.playback.output
+        self._latency_ms = config.playback.latency_ms
+        self._dry_ns: deque[int] = deque(maxlen=_DRY)
         self._frame = devices.silence(FRAME)
         self._running = False
         self._finished = False
         self._next_mark = self._heard.mark_count
         ledger = self._heard.ledger()
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
+        self._lost_input = self._capture.ledger().xruns
 
     def _new_player(self, queue_frames: int, volume: float) -> Player:
         player = Player(self._playback, self._heard, self._prebuffer_ns, queue_frames)
@@ -420,7 +433,7 @@ class Playback:
         self._held.open(self._spec, wait=self._heard.position > 0)
 
     def _open_present(self) -> devices.Device:
-        device = self._open(self._spec, resume=self._heard.position > 0)
+        device = self._open(self._spec, self._latency_ms, resume=self._heard.position > 0)
         self._spec = devices.by_name(self._spec, device)
         return device
 
@@ -440,12 +453,11 @@ class Playback:
     def _fill(self, out: Samples, dac_ns: int, xrun: bool) -> None:
         self._player.fill(out, dac_ns, xrun)
 
-    def _open(self, spec: str, *, resume: bool) -> devices.Device:
-        config = self._context.config.playback
+    def _open(self, spec: str, latency_ms: float, *, resume: bool) -> devices.Device:
         return devices.open_output(
             spec,
-            block=worker.samples_of(config.block_ms),
-            latency_ms=config.latency_ms,
+            block=worker.samples_of(self._context.config.playback.block_ms),
+            latency_ms=latency_ms,
             resume=resume,
             on_block=self._fill,
             correction_ppm=lambda: self._drift.correction_ppm,
@@ -466,6 +478,10 @@ class Playback:
         """Report the frames sent since the last look, and the end."""
         if failure := self._held.failure():
             raise failure
+        ledger, lost_input = self._heard.ledger(), self._capture.ledger().xruns
+        if (ledger.xruns, lost_input) != (self._xruns, self._lost_input):
+            self._drift.break_off()
+        self._lost_input = lost_input
         self._drift.see(self._capture.anchor, self._heard.anchor)
         self._heard.drift_ppm = self._drift.ppm
         report, now = self._context.report, now_ns()
@@ -487,16 +503,38 @@ class Playback:
                 )
             )
         self._next_mark = max(self._next_mark, self._heard.mark_count - self._heard.mark_capacity + 1)
-        ledger = self._heard.ledger()
-        if ledger.xruns != self._xruns:
-            report(XrunRecord(stage="playback", kind="xrun", count=ledger.xruns - self._xruns, time_ns=now))
-        if ledger.gaps != self._gaps:
-            report(XrunRecord(stage="playback", kind="gap", count=ledger.gaps - self._gaps, time_ns=now))
+        underruns, gaps = ledger.xruns - self._xruns, ledger.gaps - self._gaps
         self._xruns, self._gaps = ledger.xruns, ledger.gaps
+        if underruns:
+            report(XrunRecord(stage="playback", kind="xrun", count=underruns, time_ns=now))
+            self._ran_dry(now)
+        if gaps:
+            report(XrunRecord(stage="playback", kind="gap", count=gaps, time_ns=now))
         if self._player.ended and not self._finished and now > self._player.last_sound_ns:
             self._finished = True
             report(Finished(stage="playback"))
         return False
+
+    def _ran_dry(self, now: int) -> None:
+        """Have a device that runs dry again and again keep more ahead."""
+        dry = self._dry_ns
+        if dry and now - dry[-1] < _ONE_NS:
+            return
+        dry.append(now)
+        again = len(dry) == _DRY and now - dry[0] < _DRY_WITHIN_NS
+        if not (again and self._latency_ms < _MOST_LATENCY_MS and self._held.works):
+            return
+        latency_ms = min(2 * self._latency_ms, _MOST_LATENCY_MS)
+        dry.clear()
+        what = f"output {self._held.detail} ran dry {_DRY} times within a minute"
+        try:
+            self._switch(self._spec, latency_ms)
+        except DeviceLostError:
+            raise
+        except DeviceError as error:
+            self._context.log("warning", f"{what}, and cannot be had with more latency: {error}")
+        else:
+            self._context.log("warning", f"{what}: opened anew, with {latency_ms:g} ms of latency asked for")
 
     def _level_before(self, position: int) -> tuple[float, float]:
         """Of what was sent in the 80 ms before `position`."""
@@ -511,7 +549,7 @@ class Playback:
     def apply(self, command: AnyCommand) -> int:
         match command:
             case Output(spec=spec):
-                self._switch(spec)
+                self._switch(spec, self._context.config.playback.latency_ms)
             case Set():
                 self._set(command)
         return accounting.next_frame("playback", **self._context.rings)
@@ -527,10 +565,13 @@ class Playback:
                 self._prebuffer_ns = round(settings.prebuffer_ms(self._context.config) * NS_PER_MS)
                 player.begin_with(self._prebuffer_ns)
 
-    def _switch(self, spec: str) -> None:
-        """Take another output; where it cannot be opened or started, the present one stays or is opened again."""
+    def _switch(self, spec: str, latency_ms: float) -> None:
+        """Take another output, or the same with another latency.
+
+        Where it cannot be opened or started, the present one stays or is opened again. Raises DeviceError.
+        """
         held = self._held
-        device = held.open_other(spec, lambda: self._open(spec, resume=False))
+        device = held.open_other(spec, lambda: self._open(spec, latency_ms, resume=False), present=spec == self._spec)
         self._fade_out()
         held.let_go()
         try:
@@ -541,7 +582,7 @@ class Playback:
         finally:
             self._player.stay()
         held.take(device)
-        self._spec = devices.by_name(spec, device)
+        self._spec, self._latency_ms = devices.by_name(spec, device), latency_ms
 
     def _fade_out(self) -> None:
         if self._running and self._held.works:

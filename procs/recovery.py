@@ -211,16 +211,17 @@ class Held:
         else:
             self.take(device)
 
-    def open_other(self, spec: str, open_: Open) -> Device:
+    def open_other(self, spec: str, open_: Open, *, present: bool = False) -> Device:
         """Open another device, which may have been put in since the last look for devices. Raises DeviceError.
 
-        To look anew takes the present one away for a moment, so it is done only for one that is there.
+        To look anew takes the present one away for a moment, so it is done only for one that is there, or where it is
+        the `present` one itself that is wanted otherwise and cannot be had twice.
         """
         self.settle()
         try:
             return open_()
         except DeviceError:
-            if not (devices.is_portaudio(self.device) and devices.is_found_anew(self._name, spec)):
+            if not (devices.is_portaudio(self.device) and (present or devices.is_found_anew(self._name, spec))):
                 raise
         self._leave()
         self.device.stop()

@@ -45,7 +45,7 @@ def test_every_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "playback": {
             "output": "device",
             "block_ms": 5.0,
-            "latency_ms": 20.0,
+            "latency_ms": 40.0,
             "volume": 1.0,
             "prebuffer_ms": None,
             "queue_frames": 3,

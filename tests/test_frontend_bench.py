@@ -81,6 +81,13 @@ def test_what_is_left_out_is_lost(microphone: Samples) -> None:
     assert heard.lost_ms == pytest.approx(1_000 * MS)
 
 
+@pytest.mark.parametrize("at", range(8 * SAMPLE_RATE, 11 * SAMPLE_RATE, SAMPLE_RATE // 4))
+def test_words_that_were_said_before_are_not_taken_for_those_at_a_gap(at: int) -> None:
+    microphone = np.concatenate((silence(500), sound(14, seed=1), silence(9_500)))
+    heard = listen(microphone, np.concatenate((silence(LAG), microphone[:at], silence(240), microphone[at:])))
+    assert max(ms for _, ms in heard.latency_ms) <= (LAG + 240) * MS
+
+
 def test_silence_is_no_answer(microphone: Samples) -> None:
     with pytest.raises(ValueError, match="nothing of what the microphone heard"):
         listen(microphone, silence(len(microphone)))

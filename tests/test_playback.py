@@ -16,7 +16,7 @@ from pipeline.runtime import RunFolder
 from pipeline.timing import NS_PER_S, now_ns
 from pipeline.topology import FRAME
 from pipeline.worker import Context
-from procs import devices
+from procs import devices, playback
 from procs.devices import Device, OnBlock, Unopened
 from procs.playback import Playback
 from tests import helpers
@@ -31,16 +31,17 @@ BLOCK: Final = 480
 class Speaker(Unopened):
     """Asks for blocks when it is told to, and keeps them."""
 
-    def __init__(self, spec: str, on_block: OnBlock) -> None:
+    def __init__(self, spec: str, on_block: OnBlock, latency_ms: float) -> None:
         self.detail = spec
+        self.latency_ms = latency_ms
         self.on_block = on_block
         self.heard: list[Samples] = []
         self.why: DeviceError | None = None
 
-    def play(self, samples: int) -> None:
+    def play(self, samples: int, *, dry: bool = False) -> None:
         for _ in range(samples // BLOCK):
             block = np.full(BLOCK, np.nan, np.float32)
-            self.on_block(block, now_ns(), False)
+            self.on_block(block, now_ns(), dry)
             self.heard.append(block)
 
     def failure(self) -> DeviceError | None:
@@ -64,10 +65,10 @@ class Rig:
         self.stage = Playback(context)
         self.signal = tone(200)
 
-    def open(self, spec: str, *, on_block: OnBlock, **_: object) -> Device:
+    def open(self, spec: str, *, on_block: OnBlock, latency_ms: float, **_: object) -> Device:
         if not self.there:
             raise DeviceError(f"output {spec}: not found")
-        self.speakers.append(Speaker(spec, on_block))
+        self.speakers.append(Speaker(spec, on_block, latency_ms))
         return self.speakers[-1]
 
     @property
@@ -109,6 +110,7 @@ def rig(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     config = Config(engine="echo")
     config.playback.output = "device:desk"
     config.playback.prebuffer_ms = 0
+    config.playback.latency_ms = 20
     with helpers.stage_context(folder, "playback", config) as (context, hub):
         rig = Rig(context, hub)
         monkeypatch.setattr(devices, "open_output", rig.open)
@@ -204,6 +206,85 @@ def test_where_another_cannot_be_opened_it_is_waited_for(rig: Rig) -> None:
     rig.answer(1)
     rig.speaker.play(FRAME)
     assert rig.speaker.sound[FADE:].any()
+
+
+def run_dry(rig: Rig) -> None:
+    rig.answer(1)
+    rig.speaker.play(BLOCK, dry=True)
+    rig.speaker.play(FRAME - BLOCK)
+    rig.stage.work()
+
+
+def warnings(rig: Rig, count: int) -> list[str]:
+    """The first `count` lines that were logged."""
+    lines: list[str] = []
+
+    def enough() -> bool:
+        lines.extend(report.message for report in received(rig.hub, 1) if isinstance(report, LogRecord))
+        return len(lines) >= count
+
+    wait_until(enough, f"{count} lines")
+    return lines
+
+
+def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(playback, "_ONE_NS", 0)
+    asked = []
+    for _ in range(8):
+        run_dry(rig)
+        asked.append(rig.speaker.latency_ms)
+    assert asked == [20, 40, 40, 80, 80, 80, 80, 80]
+    assert rig.rings["heard"].ledger().xruns == 8
+    rig.answer(2)
+    rig.speaker.play(2 * FRAME)
+    assert rig.speaker.sound[FADE:].any()
+    assert sum(rig.balance()) == 12 * FRAME
+    assert [line.split("anew, ")[1] for line in warnings(rig, 2)] == [
+        "with 40 ms of latency asked for",
+        "with 80 ms of latency asked for",
+    ]
+
+
+def test_underruns_within_a_second_are_of_one_cause(rig: Rig) -> None:
+    for _ in range(8):
+        run_dry(rig)
+    assert [speaker.latency_ms for speaker in rig.speakers] == [20]
+
+
+def test_a_speaker_that_cannot_be_had_with_more_latency_stays(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(playback, "_ONE_NS", 0)
+    rig.there = False
+    run_dry(rig)
+    run_dry(rig)
+    assert "cannot be had with more latency" in warnings(rig, 1)[0]
+    rig.there = True
+    run_dry(rig)
+    assert [speaker.latency_ms for speaker in rig.speakers] == [20]
+    run_dry(rig)
+    assert [speaker.latency_ms for speaker in rig.speakers] == [20, 40]
+
+
+def test_another_speaker_begins_with_the_latency_that_is_set(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(playback, "_ONE_NS", 0)
+    run_dry(rig)
+    run_dry(rig)
+    rig.stage.apply(Output(spec="device:shelf"))
+    assert [speaker.latency_ms for speaker in rig.speakers] == [20, 40, 20]
+    rig.speaker.why = DeviceLostError("output device:shelf: the device has stopped")
+    rig.stage.work()
+
+
+def test_a_speaker_that_is_lost_is_opened_again_with_the_latency_that_it_had(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(playback, "_ONE_NS", 0)
+    run_dry(rig)
+    run_dry(rig)
+    rig.lose()
+    rig.give_back()
+    assert rig.speaker.latency_ms == 40
 
 
 def test_the_stage_ends_at_once_while_it_is_away(rig: Rig) -> None:

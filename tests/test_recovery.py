@@ -1,17 +1,19 @@
-"""procs.recovery.Held, with devices that are made up, and what procs.devices takes for a lost one."""
+"""procs.recovery.Held, with devices that are made up, and what procs.devices takes for a lost or an empty one."""
 
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
 import pytest
 
 from pipeline.control import Hub
 from pipeline.errors import DeviceError, DeviceLostError
 from pipeline.messages import LogRecord
 from pipeline.runtime import RunFolder
-from pipeline.timing import NS_PER_S
+from pipeline.timing import NS_PER_MS, NS_PER_S
+from pipeline.topology import SAMPLE_RATE
 from pipeline.worker import Context
 from procs import devices, recovery
 from procs.devices import DefaultChangedError, Device, Unopened
@@ -303,6 +305,71 @@ def test_a_stage_that_was_stopped_itself_takes_no_device_for_lost() -> None:
     for look in range(1, 20):
         clock.now_ns = look * 100 * NS_PER_S
         assert not silence.lasts(480 * (look // 2))
+
+
+class Dates:
+    """A speaker's callbacks, 200 a second, whose dates wander by 2 ms a second, and what is taken for an underrun."""
+
+    BLOCK: Final = 120
+
+    def __init__(self) -> None:
+        self.underruns = devices._Underruns(SAMPLE_RATE)
+        self.dating = devices._Dating(SAMPLE_RATE)
+        self.late_ms = 0.0
+        self.seen_at: list[int] = []
+        self.position = 0
+        self._jitter_ms = np.random.default_rng(1).uniform(-1, 1, 4_000)
+
+    def call(self, times: int, *, told: bool = False) -> None:
+        for _ in range(times):
+            wander_ms = 2.0 * self.position / SAMPLE_RATE
+            now_ms = self.position * 1_000 / SAMPLE_RATE + self.late_ms + wander_ms
+            distance_ns = round((now_ms + self._jitter_ms[self.position // self.BLOCK]) * NS_PER_MS)
+            dac_ns = self.dating.date(self.BLOCK, distance_ns)
+            if self.underruns.seen(self.BLOCK, dac_ns, told):
+                self.seen_at.append(self.position // self.BLOCK)
+            self.position += self.BLOCK
+
+
+@pytest.fixture
+def dates(monkeypatch: pytest.MonkeyPatch) -> Dates:
+    monkeypatch.setattr(devices, "now_ns", lambda: 0)
+    return Dates()
+
+
+def test_a_speaker_whose_dates_wander_has_not_run_dry(dates: Dates) -> None:
+    dates.call(3_000)
+    assert dates.seen_at == []
+
+
+@pytest.mark.parametrize("dry_ms", [10, 70])
+def test_silence_that_a_sound_server_put_in_without_a_word_is_an_underrun(dates: Dates, dry_ms: float) -> None:
+    for times in range(1, 4):
+        dates.call(500)
+        dates.late_ms += dry_ms
+        dates.call(100)
+        assert len(dates.seen_at) == times
+        assert 500 < dates.seen_at[-1] - 600 * (times - 1) < 520
+
+
+@pytest.mark.parametrize("dry_ms", [0, 10, 70])
+def test_an_underrun_that_is_told_for_each_block_that_makes_up_for_it_is_one(dates: Dates, dry_ms: float) -> None:
+    dates.call(500)
+    dates.call(2, told=True)
+    dates.late_ms += dry_ms
+    dates.call(500)
+    assert dates.seen_at == [500]
+    dates.call(1, told=True)
+    assert dates.seen_at == [500, 1002]
+
+
+def test_dates_of_a_device_that_does_not_run_yet_are_no_underrun(dates: Dates) -> None:
+    """Its first blocks come in a burst, and are dated up to 47 ms too early."""
+    dates.late_ms = -47.0
+    dates.call(10)
+    dates.late_ms = 0.0
+    dates.call(500)
+    assert dates.seen_at == []
 
 
 def test_an_index_is_held_by_its_name() -> None:

@@ -8,9 +8,11 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import psutil
 
 from pipeline import control, messages
 from pipeline.audio import FADE
+from pipeline.chaos import stall
 from pipeline.ring import Ring, segment_name
 from pipeline.topology import SAMPLE_RATE
 from tests.runs import Run, Runs, Samples, assert_balanced, read_wav, wait_for, with_sound, write_wav
@@ -201,6 +203,27 @@ def test_a_sound_server_that_hangs_is_a_lost_device_and_does_not_hold_up_the_end
             assert run.interrupt() == 0, run.err  # no stage had to be killed
         finally:
             sound_server.go_on()
+
+
+def test_a_speaker_that_runs_dry_twice_is_opened_with_more_latency(sound_server: SoundServer) -> None:
+    with with_sound(sound_server) as runs, runs.up("--engine", "echo", "--input", "tone:440") as run:
+        first = run.running()
+        goes_on(runs)
+        before = status(runs)
+        playback = psutil.Process(first["stages"]["playback"]["pid"])
+        for _ in range(2):
+            time.sleep(2.0)  # what follows within a second is of one cause
+            stall(playback, 0.15)
+        wait_for(lambda: "times within a minute: opened anew, with 80 ms" in run.err, "the speaker to be opened anew")
+        with sound_server.record(runs.folder / "heard.wav"):
+            goes_on(runs)
+        after = status(runs)
+        assert after["xruns"]["playback"] >= 2
+        assert loudness(read_wav(runs.folder / "heard.wav")[-LAST:]) > 0.6 * LEVEL
+        latency = [of["stages"]["playback"]["device_latency_ms"] for of in (before, after)]
+        assert latency[1] > latency[0] + 10
+        assert_whole(first, after)
+        assert run.interrupt() == 0, run.err
 
 
 def test_the_sound_server_moves_the_stream_to_a_new_default(sound_server: SoundServer) -> None:
