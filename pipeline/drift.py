@@ -51,6 +51,9 @@ _JUMP_NOISES: Final = 2.0
 _JUMPS: Final = 4
 """So many dates in a row that are off by so much more are of a device that was opened anew, or whose buffer grew."""
 
+_SHIFT_LOOKS: Final = 4
+"""For so many looks, 2 s, what is off is so by an underrun that was told."""
+
 _JITTER_S: Final = 0.5e-3
 _JITTER_LOOKS: Final = 20
 """How much a date differs from the one before, at first, and over how many that is measured."""
@@ -91,6 +94,7 @@ class Drift:
         self._settled_ns = 0
         self._running = False
         self._jumps = 0
+        self._shifts = 0
 
     @property
     def ppm(self) -> float | None:
@@ -122,6 +126,10 @@ class Drift:
     def _apart_error(self) -> float:
         spread = self._spread
         return float(max(0.0, spread[0, 0] + spread[2, 2] - 2 * spread[0, 2]) ** 0.5)
+
+    def expect_shift(self) -> None:
+        """A device ran dry, or lost samples: if the next dates are off, they are so by that."""
+        self._shifts = _SHIFT_LOOKS
 
     def see(self, microphone: Anchor | None, speaker: Anchor | None) -> None:
         """Take the newest date of each stream, capture's and heard's. Where one has none, or no new one, it waits."""
@@ -168,15 +176,16 @@ class Drift:
     def _observe(self, phase_s: float) -> None:
         surprise = phase_s - self._state[0]
         most_s = max(_JUMP_NOISES * self._noise**0.5, _JUMP_SIGMAS * self._jitter**0.5)
-        # A jump is no jitter: counted in full, it would have the next ones taken for dates that vary, and for a rate.
-        change_s = min(most_s, abs(surprise - self._before_s))
+        expected, self._shifts = self._shifts > 0, max(0, self._shifts - 1)
+        if expected and abs(surprise) > most_s:
+            self._shift(surprise)
+            return
+        # In full, a jump would have the next ones taken for dates that vary, and so for a rate.
+        change_s = min(most_s / 2, abs(surprise - self._before_s))
         self._jitter += (change_s**2 / 2 - self._jitter) / _JITTER_LOOKS
         self._before_s = surprise
         if abs(surprise) > most_s:
-            self._jumps += 1
-            if self._jumps == _JUMPS:
-                self._rate_error = max(self._rate_error, _NEXT_RATE)
-                self.break_off()
+            self._jump()
             return
         self._jumps = 0
         variance = self._spread[0, 0] + self._noise
@@ -185,15 +194,20 @@ class Drift:
         self._spread = self._spread - np.outer(gain, self._spread[0])
         self._rate, self._rate_error = float(self._state[1]), float(self._spread[1, 1] ** 0.5)
 
-    def break_off(self) -> None:
-        """Let the phase begin anew, once dates have settled: latency that a device put in, or lost, at once is its own.
+    def _shift(self, by_s: float) -> None:
+        """Latency that a device put in, or lost, at once is its own: it is not to be undone."""
+        self._state += (by_s, 0, by_s)
+        self._spread += self._noise * np.outer((1, 0, 1), (1, 0, 1))
 
-        It is not to be undone. The rate is kept, and corrected by if that was so.
-        """
-        self._running = False
-        self._settled_ns = self._last_ns + round((_EVERY_S + _SETTLE_S) * NS_PER_S)
-        if self.correction_ppm:
-            self.correction_ppm = max(-MOST_PPM, min(MOST_PPM, self._rate / PPM))
+    def _jump(self) -> None:
+        """The same of a device of which nobody said that it ran dry: it may be another one now."""
+        self._jumps += 1
+        if self._jumps == _JUMPS:
+            self._running = False
+            self._settled_ns = self._last_ns + round(_SETTLE_S * NS_PER_S)
+            self._rate_error = max(self._rate_error, _NEXT_RATE)
+            if self.correction_ppm:
+                self.correction_ppm = self._rate / PPM
 
     def _decide(self) -> None:
         apart, error = abs(self._apart), self._apart_error

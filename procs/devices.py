@@ -64,6 +64,9 @@ _CALLBACKS: Final = 25
 _SLIP_NS: Final = 5 * NS_PER_MS
 """By how much later than foretold a device's dates are, at least, where it had to put in silence."""
 
+_SAME_S: Final = 0.05
+"""Blocks that make up for an underrun and are less apart make up for one and the same, for a second at most."""
+
 _FOLLOW_S: Final = 1.0
 """In about so long what is foretold follows dates that wander, as a sound server's do by 2 ms a second."""
 
@@ -611,36 +614,48 @@ class _Dating:
 
 
 class _Underruns:
-    """Notices that a device ran dry: PortAudio says so for each block that makes up for it, or not at all.
+    """Notices that a device ran dry, whether PortAudio says so or not. It says it of each block that makes up for it.
 
-    A sound server that had nothing to play for a moment puts in silence, and all dates are later from then on.
+    A sound server that had nothing to play for a moment puts in silence, and all dates are later from then on. The
+    earliest of the last dates is looked at: a callback that is late dates its block later, and none dates it earlier.
     """
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
         self._position = 0
-        self._origin_ns = 0.0
-        self._unsure = 2 * _CALLBACKS
-        self._told = False
+        self._origins: deque[float] = deque(maxlen=_CALLBACKS)
+        self._foretold_ns = 0.0
+        self._sure_from = rate
+        self._told_at = self._counted_at = -rate
 
     def seen(self, count: int, dac_ns: int, told: bool) -> bool:
-        """Whether it ran dry, and no earlier block said so. The next block has `count` samples and is due at `dac_ns`.
+        """Whether it ran dry, as no earlier block has said.
 
-        What a device does not tell is found some 15 callbacks later, since a date is a median.
+        The block has `count` samples, of which the first is due at `dac_ns` by its own callback's account. What is not
+        told is found 25 callbacks later.
         """
-        origin_ns = dac_ns - self._position * NS_PER_S / self._rate
-        self._position += count
-        before, self._told = self._told, told
-        slipped = not (self._unsure or told) and origin_ns - self._origin_ns > _SLIP_NS
-        if slipped or told:
-            self._unsure = 2 * _CALLBACKS
-        if self._unsure:
-            # What the dates will be is not known before all that they are the median of is from after it.
-            self._unsure -= 1
-            self._origin_ns = origin_ns
+        self._origins.append(dac_ns - self._position * NS_PER_S / self._rate)
+        origin_ns = min(self._origins)
+        sure = self._position >= max(self._sure_from, 2 * _CALLBACKS * count)
+        slipped = sure and not told and origin_ns - self._foretold_ns > _SLIP_NS
+        if sure and not slipped:
+            self._foretold_ns += (origin_ns - self._foretold_ns) * min(1.0, count / self._rate / _FOLLOW_S)
         else:
-            self._origin_ns += (origin_ns - self._origin_ns) * min(1.0, count / self._rate / _FOLLOW_S)
-        return slipped or (told and not before)
+            self._foretold_ns = origin_ns
+        if slipped or told:
+            # What the dates will be is not known before all that are looked at are from after it.
+            self._sure_from = self._position + 2 * _CALLBACKS * count
+        new = slipped or (told and self._is_another())
+        self._position += count
+        return new
+
+    def _is_another(self) -> bool:
+        """Whether a block that is said to make up for an underrun makes up for another one than the last that was."""
+        since, self._told_at = self._position - self._told_at, self._position
+        if since < _SAME_S * self._rate and self._position - self._counted_at < self._rate:
+            return False
+        self._counted_at = self._position
+        return True
 
 
 class _Silence:
@@ -895,6 +910,7 @@ class _Converter:
         self._samples = silence(block)
         self._held = silence(0)
         self._ahead = 0.0  # samples that were asked for and not delivered
+        self._xrun = False
 
     @property
     def ahead_ms(self) -> float:
@@ -905,10 +921,11 @@ class _Converter:
         """Fill one block, shape (n,), whose first sample the device converts at `dac_ns`."""
         pace = SAMPLE_RATE * (1 + self._correction_ppm() * PPM)
         self._resampler.set_io_ratio(pace, self._rate)
+        self._xrun |= xrun
         while len(self._held) < len(out):
             # What was asked for and not delivered yet sounds before this block does.
-            self._on_block(self._samples, dac_ns + round(self._ahead * NS_PER_S / pace), xrun)
-            xrun = False
+            self._on_block(self._samples, dac_ns + round(self._ahead * NS_PER_S / pace), self._xrun)
+            self._xrun = False
             self._ahead += len(self._samples)
             self._held = np.concatenate((self._held, self._resampler.resample_chunk(self._samples)))
         np.clip(self._held[: len(out)], -FULL_SCALE, FULL_SCALE, out=out)
@@ -943,8 +960,9 @@ class _PortAudioOutput(_PortAudioStream):
         return device_ms + self._edge.ahead_ms
 
     def _callback(self, data: Samples, count: int, at: Any, status: Any) -> None:
-        dac_ns = self._dating.date(count, round((at.outputBufferDacTime - at.currentTime) * NS_PER_S))
-        self._edge.fill(data[:, 0], dac_ns, self._underruns.seen(count, dac_ns, bool(status.output_underflow)))
+        distance_ns = round((at.outputBufferDacTime - at.currentTime) * NS_PER_S)
+        xrun = self._underruns.seen(count, now_ns() + distance_ns, bool(status.output_underflow))
+        self._edge.fill(data[:, 0], self._dating.date(count, distance_ns), xrun)
 
 
 def describe() -> dict[str, Any]:

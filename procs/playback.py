@@ -48,10 +48,12 @@ _DRY_WITHIN_NS = 60 * NS_PER_S
 """So many underruns within so long, and the device is asked for twice the latency: one alone is an accident."""
 
 _ONE_NS = NS_PER_S
-"""Underruns that follow one another sooner are of one cause."""
+_ONE_AT_MOST_NS = 5 * NS_PER_S
+"""Underruns that follow one another sooner are of one cause, for so long at most; those of a new device are its own."""
 
+_LEAST_LATENCY_MS = 20.0
 _MOST_LATENCY_MS = 80.0
-"""More is never asked for of itself: so long is a frame."""
+"""Less, and more, is never asked for of itself. The most is a frame."""
 
 _CONCESSION = 0.1
 """How much less alike two stretches need be after each frame in which there were none to shorten it by."""
@@ -411,6 +413,8 @@ class Playback:
         self._held = Held(context, "output", self._open_present, self._begin_anew, self._fade_out)
         self._spec = config.playback.output
         self._latency_ms = config.playback.latency_ms
+        self._has_more = True
+        self._taken_ns = self._last_dry_ns = 0
         self._dry_ns: deque[int] = deque(maxlen=_DRY)
         self._frame = devices.silence(FRAME)
         self._running = False
@@ -444,6 +448,7 @@ class Playback:
             self._pass_over(player.queue_frames)
             self._player = self._new_player(player.queue_frames, player.volume)
             self._next_mark = self._heard.mark_count
+        self._taken_ns = now_ns()
 
     def _pass_over(self, queue_frames: int) -> None:
         source = Consumer(self._playback)
@@ -466,6 +471,7 @@ class Playback:
 
     def start(self) -> None:
         self._held.start()
+        self._taken_ns = now_ns()
         self._running = True
 
     def device_latency_ms(self) -> float:
@@ -480,7 +486,7 @@ class Playback:
             raise failure
         ledger, lost_input = self._heard.ledger(), self._capture.ledger().xruns
         if (ledger.xruns, lost_input) != (self._xruns, self._lost_input):
-            self._drift.break_off()
+            self._drift.expect_shift()
         self._lost_input = lost_input
         self._drift.see(self._capture.anchor, self._heard.anchor)
         self._heard.drift_ppm = self._drift.ppm
@@ -517,21 +523,25 @@ class Playback:
 
     def _ran_dry(self, now: int) -> None:
         """Have a device that runs dry again and again keep more ahead."""
-        dry = self._dry_ns
-        if dry and now - dry[-1] < _ONE_NS:
+        dry, before, self._last_dry_ns = self._dry_ns, self._last_dry_ns, now
+        if now - self._taken_ns < _ONE_NS:
+            return
+        if dry and now - before < _ONE_NS and now - dry[-1] < _ONE_AT_MOST_NS:
             return
         dry.append(now)
-        again = len(dry) == _DRY and now - dry[0] < _DRY_WITHIN_NS
-        if not (again and self._latency_ms < _MOST_LATENCY_MS and self._held.works):
+        if len(dry) == _DRY and now - dry[0] < _DRY_WITHIN_NS:
+            self._ask_for_more(min(max(2 * self._latency_ms, _LEAST_LATENCY_MS), _MOST_LATENCY_MS))
+
+    def _ask_for_more(self, latency_ms: float) -> None:
+        if not (self._has_more and self._held.works and latency_ms > self._latency_ms):
             return
-        latency_ms = min(2 * self._latency_ms, _MOST_LATENCY_MS)
-        dry.clear()
         what = f"output {self._held.detail} ran dry {_DRY} times within a minute"
         try:
             self._switch(self._spec, latency_ms)
         except DeviceLostError:
             raise
         except DeviceError as error:
+            self._has_more = False
             self._context.log("warning", f"{what}, and cannot be had with more latency: {error}")
         else:
             self._context.log("warning", f"{what}: opened anew, with {latency_ms:g} ms of latency asked for")
@@ -582,7 +592,10 @@ class Playback:
         finally:
             self._player.stay()
         held.take(device)
-        self._spec, self._latency_ms = devices.by_name(spec, device), latency_ms
+        self._spec, self._latency_ms, self._has_more = devices.by_name(spec, device), latency_ms, True
+        self._dry_ns.clear()
+        self._taken_ns = now_ns()
+        self._drift.expect_shift()
 
     def _fade_out(self) -> None:
         if self._running and self._held.works:

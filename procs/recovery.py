@@ -221,6 +221,7 @@ class Held:
         try:
             return open_()
         except DeviceError:
+            gc.collect()  # as in recovery
             if not (devices.is_portaudio(self.device) and (present or devices.is_found_anew(self._name, spec))):
                 raise
         self._leave()

@@ -122,12 +122,37 @@ def test_a_device_that_runs_dry_again_and_again_is_not_taken_for_a_drift(told: b
     for away_s in itertools.islice(itertools.cycle([0.01, 0.04, 0.08]), 40):
         clocks.jump(speaker_s=away_s)
         if told:
-            clocks.drift.break_off()
+            clocks.drift.expect_shift()
         clocks.run(3)
         assert abs(clocks.drift.correction_ppm) < MOST_PPM / 3
-    assert clocks.drift.ppm == pytest.approx(50.0, abs=150)
+    assert clocks.drift.ppm == pytest.approx(50.0, abs=10 if told else 150)
     clocks.run(120)
-    assert clocks.drift.ppm == pytest.approx(50.0, abs=15)
+    assert clocks.drift.ppm == pytest.approx(50.0, abs=10)
+
+
+@pytest.mark.parametrize("every_s", [0.5, 3.0])
+def test_a_device_that_says_that_it_ran_dry_and_moves_no_date_is_corrected_all_the_same(every_s: float) -> None:
+    clocks = Clocks(200.0, jitter_ms=0.5)
+    for _ in range(round(300 / every_s)):
+        clocks.drift.expect_shift()
+        clocks.run(every_s)
+    assert clocks.drift.ppm == pytest.approx(200.0, abs=5)
+    assert abs(clocks.apart_ms[-1]) < 1
+
+
+def test_a_stage_that_was_held_up_looks_at_dates_that_have_not_moved_yet() -> None:
+    clocks = Clocks(50.0, jitter_ms=0.5)
+    clocks.run(60)
+    error_ppm, apart_ms = clocks.drift.error_ppm, clocks.apart_ms[-1]
+    for stream in ("mic", "speaker"):  # two seconds in which nobody looks
+        setattr(clocks, stream, getattr(clocks, stream) + 2 * SAMPLE_RATE)
+    clocks.now_s += 2
+    clocks.drift.expect_shift()
+    clocks.run(0.5)
+    clocks.jump(speaker_s=0.08)
+    clocks.run(30)
+    assert clocks.drift.error_ppm < error_ppm
+    assert clocks.apart_ms[-1] - 80 == pytest.approx(apart_ms, abs=2)
 
 
 def test_a_clock_that_is_far_from_its_rate_is_corrected_as_far_as_it_is_not_heard() -> None:
@@ -315,3 +340,18 @@ def test_an_underrun_is_handed_on_once() -> None:
         _, resampler = edge
         resampler.fill(np.zeros(480, np.float32), 0, True)
         assert edge[0].xruns == 1
+
+
+def test_an_underrun_is_handed_on_though_there_are_samples_left() -> None:
+    source = Source(tone(40))
+    converter = _Converter(44_100, 120, source, lambda: 0.0)
+    for _ in range(200):
+        asked = source.asked
+        converter.fill(np.zeros(100, np.float32), 0, True)
+        if source.asked == asked:
+            break
+    else:
+        pytest.fail("it asked each time")
+    told = source.xruns
+    converter.fill(np.zeros(300, np.float32), 0, False)
+    assert source.xruns == told + 1

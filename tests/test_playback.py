@@ -1,7 +1,7 @@
 """procs.playback.Playback on real rings, with speakers that are made up: one that is lost, and what follows."""
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -208,11 +208,28 @@ def test_where_another_cannot_be_opened_it_is_waited_for(rig: Rig) -> None:
     assert rig.speaker.sound[FADE:].any()
 
 
+@pytest.fixture
+def minute(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass for playback's stage."""
+    passed_ns = [NS_PER_S]
+    monkeypatch.setattr(playback, "now_ns", lambda: now_ns() + passed_ns[0])
+
+    def let_pass(seconds: float) -> None:
+        passed_ns[0] += round(seconds * NS_PER_S)
+
+    return let_pass
+
+
 def run_dry(rig: Rig) -> None:
     rig.answer(1)
     rig.speaker.play(BLOCK, dry=True)
     rig.speaker.play(FRAME - BLOCK)
     rig.stage.work()
+
+
+def asked_ms(rig: Rig) -> list[float]:
+    """What latency each speaker so far was asked for."""
+    return [speaker.latency_ms for speaker in rig.speakers]
 
 
 def warnings(rig: Rig, count: int) -> list[str]:
@@ -228,11 +245,11 @@ def warnings(rig: Rig, count: int) -> list[str]:
 
 
 def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, minute: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr(playback, "_ONE_NS", 0)
     asked = []
     for _ in range(8):
+        minute(20)
         run_dry(rig)
         asked.append(rig.speaker.latency_ms)
     assert asked == [20, 40, 40, 80, 80, 80, 80, 80]
@@ -247,41 +264,82 @@ def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(
     ]
 
 
-def test_underruns_within_a_second_are_of_one_cause(rig: Rig) -> None:
-    for _ in range(8):
+def test_underruns_within_a_second_are_of_one_cause(rig: Rig, minute: Callable[[float], None]) -> None:
+    for _ in range(6):
+        minute(0.7)
         run_dry(rig)
-    assert [speaker.latency_ms for speaker in rig.speakers] == [20]
+    assert asked_ms(rig) == [20]
+    for _ in range(3):
+        minute(0.7)
+        run_dry(rig)
+    assert asked_ms(rig) == [20, 40]  # but none lasts for long
 
 
-def test_a_speaker_that_cannot_be_had_with_more_latency_stays(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(playback, "_ONE_NS", 0)
-    rig.there = False
-    run_dry(rig)
-    run_dry(rig)
-    assert "cannot be had with more latency" in warnings(rig, 1)[0]
-    rig.there = True
-    run_dry(rig)
-    assert [speaker.latency_ms for speaker in rig.speakers] == [20]
-    run_dry(rig)
-    assert [speaker.latency_ms for speaker in rig.speakers] == [20, 40]
+def test_an_underrun_a_minute_is_put_up_with(rig: Rig, minute: Callable[[float], None]) -> None:
+    for _ in range(5):
+        minute(61)
+        run_dry(rig)
+    assert asked_ms(rig) == [20]
 
 
-def test_another_speaker_begins_with_the_latency_that_is_set(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(playback, "_ONE_NS", 0)
-    run_dry(rig)
-    run_dry(rig)
+def test_a_speaker_that_was_asked_for_nothing_is_asked_for_20_ms(rig: Rig, minute: Callable[[float], None]) -> None:
+    rig.stage._latency_ms = 0.0
+    for _ in range(2):
+        minute(2)
+        run_dry(rig)
+    assert asked_ms(rig) == [20, 20]
+
+
+def test_a_speaker_that_cannot_be_had_with_more_latency_is_asked_once(
+    rig: Rig, minute: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another program's, so to say, once it is let go of, and a moment later it is free again."""
+    monkeypatch.setattr(devices, "is_portaudio", lambda _: True)
+    monkeypatch.setattr(devices, "renew", lambda: None)
+    tried = []
+
+    def refuse(spec: str, *, latency_ms: float, **options: Any) -> Device:
+        tried.append(latency_ms)
+        if latency_ms > 20:
+            raise DeviceError("output device:desk: cannot be opened")
+        return rig.open(spec, latency_ms=latency_ms, **options)
+
+    monkeypatch.setattr(devices, "open_output", refuse)
+    for _ in range(2):
+        minute(2)
+        run_dry(rig)
+    assert tried == [40, 40]  # beside the one that plays, and in its place
+    assert "cannot be had with more latency: output device:desk" in warnings(rig, 1)[0]
+    rig.give_back()
+    for _ in range(4):
+        minute(2)
+        run_dry(rig)
+    assert tried == [40, 40, 20]
+    assert asked_ms(rig) == [20, 20]
+
+
+def test_another_speaker_begins_with_the_latency_that_is_set_and_its_own_underruns(
+    rig: Rig, minute: Callable[[float], None]
+) -> None:
+    for _ in range(3):
+        minute(2)
+        run_dry(rig)
     rig.stage.apply(Output(spec="device:shelf"))
-    assert [speaker.latency_ms for speaker in rig.speakers] == [20, 40, 20]
-    rig.speaker.why = DeviceLostError("output device:shelf: the device has stopped")
-    rig.stage.work()
+    run_dry(rig)  # of its beginning
+    minute(2)
+    run_dry(rig)
+    assert asked_ms(rig) == [20, 40, 20]
+    minute(2)
+    run_dry(rig)
+    assert asked_ms(rig) == [20, 40, 20, 40]
 
 
 def test_a_speaker_that_is_lost_is_opened_again_with_the_latency_that_it_had(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, minute: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr(playback, "_ONE_NS", 0)
-    run_dry(rig)
-    run_dry(rig)
+    for _ in range(2):
+        minute(2)
+        run_dry(rig)
     rig.lose()
     rig.give_back()
     assert rig.speaker.latency_ms == 40
