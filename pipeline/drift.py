@@ -58,7 +58,7 @@ _JITTER_S: Final = 0.5e-3
 _JITTER_LOOKS: Final = 20
 """How much a date differs from the one before, at first, and over how many that is measured."""
 
-_ENGAGE_S: Final = 0.5e-3
+_ENGAGE_S: Final = 2e-3
 _RELEASE_S: Final = 0.1e-3
 _RELEASE_RATE: Final = 2 * PPM
 """A correction begins when the clocks are apart by so much more than the error, and ends within the others."""
