@@ -39,6 +39,8 @@ from tests.runs import Runs
 Figures = dict[str, Any]
 
 MANY: Final = 50
+_SETTINGS: Final = "[playback]\nprebuffer_ms = 80\nblock_ms = 80\n"
+"""A block a frame: 200 wake-ups a second, as of a device's blocks, vary by more than what is looked for."""
 _SETTLE_S: Final = 1.0
 _ANSWER_S: Final = 10.0
 _VISIT_S: Final = 0.02
@@ -186,7 +188,7 @@ def measure(engine: str, seconds: float, rounds: int, monitors: Iterable[str] = 
         if engine == "moshi":
             runs.call("models", "synth", str(runs.folder / "model"), "--quality", "q4", "--size", "tiny")
             options += ["--model", str(runs.folder / "model"), "--quality", "q4"]
-        with runs.up(*options, "--config", str(runs.config("[playback]\nprebuffer_ms = 80\n"))) as run:
+        with runs.up(*options, "--config", str(runs.config(_SETTINGS))) as run:
             run.running()
             watched = Watched(runs.folder / "run" / "default", run.process.pid)
             turns: dict[str, list[Figures]] = {kind: [] for kind in (NONE, *monitors)}
@@ -273,9 +275,9 @@ def _lines(results: Figures) -> Iterator[str]:
 
 
 _METHOD: Final = """\
-One `pipeline up` an engine, tone in, nothing out; in it the kinds of monitors take turns of {seconds:g} s, {rounds}
-times. Monitors are processes of their own and subscribe to everything; what they use themselves is not counted. A
-step is a frame's whole work in inference, from the flight recorder.
+One `pipeline up` an engine, tone in, nothing out, in blocks of a frame; in it the kinds of monitors take turns of
+{seconds:g} s, {rounds} times. Monitors are processes of their own and subscribe to everything; what they use
+themselves is not counted. A step is a frame's whole work in inference, from the flight recorder.
 """
 
 _REPORT: Final = """\
@@ -299,11 +301,11 @@ def _row(kind: str, row: Figures) -> str:
 
 
 _SECTION_TEXT: Final = """\
-One `pipeline up` an engine, tone in, nothing out; no monitor, one and {many} take turns of {seconds:g} s in it,
-{rounds} times. Monitors are in a process of their own and subscribe to everything; what they use themselves is not
-counted, but on few cores they keep the run waiting like any other program. moshi is a tiny model of random weights. A
-report of {bytes} bytes takes a stage's thread {p50:.1f} µs (p50; p99 {p99:.1f}), once a frame, whoever listens: a
-stage tells the supervisor, and never speaks to a monitor. What is of either sign is noise.
+One `pipeline up` an engine, tone in, nothing out, in blocks of a frame; no monitor, one and {many} take turns of
+{seconds:g} s in it, {rounds} times. Monitors are in a process of their own and subscribe to everything; what they use
+themselves is not counted, but on few cores they keep the run waiting like any other program. moshi is a tiny model of
+random weights. A report of {bytes} bytes takes a stage's thread {p50:.1f} µs (p50; p99 {p99:.1f}), once a frame,
+whoever listens: a stage tells the supervisor, and never speaks to a monitor. What is of either sign is noise.
 [telemetry.md](telemetry.md) has longer runs, and monitors that misbehave."""
 
 
@@ -364,15 +366,15 @@ def _target(engine: str, kinds: Figures, kind: str) -> Target:
 
 _WHY: Final = """\
 A report costs inference the same with monitors and without. But on a processor the model's step computes on all
-cores, and a monitor's own process makes it longer, as any other program does. Not measured on a machine whose model
-runs on a GPU."""
+cores, and a monitor's own process makes it longer, as any other program does; from turn to turn it varies by far more
+than what is looked for. Not measured on a machine whose model runs on a GPU."""
 
 
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, help="of a turn; 20, or of a section's 3")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="3, or a section's 5")
     parser.add_argument("--engine", nargs="+", choices=["echo", "moshi"], default=["echo", "moshi"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
@@ -383,9 +385,10 @@ def main() -> None:
         kind, events = arguments.monitor
         MONITORS[kind](Path(events))
     if arguments.section:
-        suite.finish(section(arguments.seconds or 3.0, arguments.rounds, arguments.engine), arguments.section)
+        suite.finish(section(arguments.seconds or 3.0, arguments.rounds or 5, arguments.engine), arguments.section)
         return
     arguments.seconds = arguments.seconds or 20.0
+    arguments.rounds = arguments.rounds or 3
     results = {
         "command": f"python -m bench.telemetry --seconds {arguments.seconds:g} --rounds {arguments.rounds}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
