@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -70,6 +70,8 @@ from pipeline.worker import HEARTBEAT_S, SHOW_STACKS
 
 if TYPE_CHECKING:
     import psutil
+
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""
@@ -276,23 +278,26 @@ class Supervisor:
         Raises PipelineError if the name is taken or the run cannot begin.
         """
         _allow_files()
-        self._folder.lock()
-        self._signal_read, self._signal_write = socket.socketpair()
-        self._alive_read, self._alive_write = os.pipe()
-        try:
-            self._make()
-            self._catch_signals()
+        with contextlib.ExitStack() as uncaught:
+            uncaught.enter_context(_held_back())
+            self._folder.lock()
+            self._signal_read, self._signal_write = socket.socketpair()
+            self._alive_read, self._alive_write = os.pipe()
             try:
-                for stage in self._stages.values():
-                    self._spawn(stage)
-                while self._state != "stopping":
-                    self._turn()
+                self._make()
+                self._catch_signals()
+                uncaught.close()
+                try:
+                    for stage in self._stages.values():
+                        self._spawn(stage)
+                    while self._state != "stopping":
+                        self._turn()
+                finally:
+                    self._stop_stages()
+                    self.final = self.status()
+                    self._farewell()
             finally:
-                self._stop_stages()
-                self.final = self.status()
-                self._farewell()
-        finally:
-            self._clear()
+                self._clear()
         if self._config.offline and not self._refused:
             self._judge(self.final.accounting)
         if self._error:
@@ -370,7 +375,7 @@ class Supervisor:
         self._signal_write.setblocking(False)
         self._signal_read.setblocking(False)
         signal.set_wakeup_fd(self._signal_write.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's, and a shell's for what runs behind it
                 signal.signal(number, lambda *_: self._end())
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its arrival alone wakes the loop
@@ -902,6 +907,16 @@ def _allow_files() -> None:
     limit = FILES if most == resource.RLIM_INFINITY else min(most, FILES)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """What would end this process waits: before it is caught it would leave behind what was made so far."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_orphans(folder: RunFolder) -> None:
