@@ -1,6 +1,7 @@
 """The playback stage: the playback ring to the speaker, gaps concealed, and a record of all that was sent."""
 
 import heapq
+import math
 import threading
 import time
 from collections import deque
@@ -211,7 +212,7 @@ class Player:
 
     def _play(self, out: Samples, dac_ns: int) -> int:
         """Copy what there is to play into the start of `out`; returns how much that was."""
-        if self._leaving or not (self._playing or self._may_begin()):
+        if self._leaving or not (self._playing or self._may_begin(len(out))):
             return 0
         source, filled, count = self._source, 0, len(out)
         while filled < count:
@@ -227,15 +228,19 @@ class Player:
             self.last_sound_ns = dac_ns + filled * NS_PER_S // SAMPLE_RATE
         return filled
 
-    def _may_begin(self) -> bool:
-        """After silence: whether a frame is there that is as late as any of the next ones may be."""
+    def _may_begin(self, count: int) -> bool:
+        """After silence: whether a frame is there that is as late as any of the next ones may be.
+
+        `count` samples are asked for.
+        """
         source = self._source
         if source.available < FRAME - source.position % FRAME:
             return False
         oldest = self._ring.mark(source.position // FRAME)
         if oldest is not None and source.available < 2 * FRAME:
+            into = self._burst - count
             late_ns = now_ns() - oldest.end_ns + self._jitter.late_ns(oldest)
-            if late_ns < self.prebuffer_ns:
+            if late_ns + into * NS_PER_S // SAMPLE_RATE < self._least_ns(into):
                 return False
         self._playing = True
         self._sounding = False
@@ -288,12 +293,13 @@ class Player:
             return
         self._jitter.add(mark)
         self.prebuffer_ns = max(self._initial_prebuffer_ns, min(FRAME_NS, self._jitter.spread_ns))
-        self._waits_ns.append(now_ns() - mark.end_ns)
+        into = self._burst - count + filled
+        self._waits_ns.append(now_ns() - mark.end_ns + into * NS_PER_S // SAMPLE_RATE)
         if self._starting:
             self._starting -= 1
             self._disturbed |= self._jitter.began_late_ns > _LATE_NS
         if self._disturbed:
-            self._recover(self._burst - count + filled)
+            self._recover(into)
         self._heard.mark(
             position=self._heard.position + filled,
             frame=mark.frame,
@@ -316,17 +322,29 @@ class Player:
         """
         if len(self._waits_ns) < _STEADY:
             return
-        # A frame must be there when its first sample is asked for. With so much taken out that is a whole number of
-        # times earlier than now, and never earlier than after the prebuffer.
-        spare = (min(self._waits_ns) - self.prebuffer_ns) * SAMPLE_RATE // NS_PER_S
-        burst = max(self._burst, *self._bursts)
-        surplus = into + spare // burst * burst
+        spare = (min(self._waits_ns) - self._least_ns(into)) * SAMPLE_RATE // NS_PER_S
+        grid = self._grid()
+        surplus = into % grid + spare // grid * grid
         if surplus >= LEAST:
             self._shorten(surplus)
             return
         self._misses = 0
         self._calm += 1
         self._disturbed = self._calm < _CALM or self.prebuffer_ns > self._initial_prebuffer_ns
+
+    def _least_ns(self, into: int) -> int:
+        """How long, from its completion until the device comes to it, a frame has to wait at least.
+
+        It begins `into` samples of what is asked for at a time. It has to be there when the first of those is asked
+        for, and so has each of the next ones, which begin at other places of theirs, as far apart as the grid.
+        """
+        grid = self._grid()
+        burst = heapq.nlargest(_ACCIDENTS + 1, (grid, *self._bursts))[-1]
+        return self.prebuffer_ns + (max(0, burst - grid) + into % grid) * NS_PER_S // SAMPLE_RATE
+
+    def _grid(self) -> int:
+        """Samples between places at which frames may begin in what is asked for at a time."""
+        return math.gcd(FRAME, *self._bursts)
 
     def _shorten(self, most: int) -> None:
         """Take samples out of the frame that begins, `most` at most, where it is heard least."""
