@@ -325,7 +325,7 @@ def target(case: Case, found: Turns, all_us: Latencies, peer: str, limit: float)
     met = ratio <= limit
     # At p50 it shows what the transport itself takes.
     why = "" if met else f"At p50 it is {_ratio(found, all_us, peer, 50)[1]}. {_TAIL}"
-    return Target(what, asked, f"{text}, of {len(all_us['ring']):,} messages each", met, why)
+    return Target(what, asked, f"{text}, of all repeats' {len(all_us['ring']):,} messages together", met, why)
 
 
 def _ratio(found: Turns, all_us: Latencies, peer: str, percentile: int) -> tuple[float, str]:
@@ -378,8 +378,7 @@ the processor time of all of a process's threads, from the kernel's clock of the
 counts ticks of 10 ms."""
 
 _TAIL: Final = """\
-The tail is the time until the system runs a process that was woken, which is the same for all of ordinary priority; \
-it is shorter at an audio thread's priority, where the cores are busy."""
+The tail is the time until the system runs a process that was woken, which is the same for all of ordinary priority."""
 
 _BURST_NOTE: Final = """\
 The writer sends as fast as it can. Ours waits for room when the ring (10 s) is full, as in an offline run; the queue
