@@ -553,7 +553,8 @@ class Playback:
     def _ask_for_more(self, latency_ms: float) -> None:
         if not (self._has_more and self._held.works and latency_ms > self._latency_ms):
             return
-        what = f"output {self._held.detail} ran dry {_DRY} times within a minute"
+        what = f"output {self._held.detail} ran dry {_DRY} times within a minute, as the machine was held up"
+        more = f"playback.latency_ms = {latency_ms:g} in place of {self._latency_ms:g}"
         try:
             self._switch(self._spec, latency_ms)
         except DeviceLostError:
@@ -562,7 +563,7 @@ class Playback:
             self._has_more = False
             self._context.log("warning", f"{what}, and cannot be had with more latency: {error}")
         else:
-            self._context.log("warning", f"{what}: opened anew, with {latency_ms:g} ms of latency asked for")
+            self._context.log("warning", f"{what}: opened anew with {more}, so heard later")
 
     def _level_before(self, position: int) -> tuple[float, float]:
         """Of what was sent in the 80 ms before `position`."""

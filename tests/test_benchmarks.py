@@ -231,7 +231,7 @@ def test_a_target_is_of_all_messages_together() -> None:
     halves = {name: [us[:100], us[100:]] for name, us in all_us.items()}
     found = {name: [ring.pooled(half) for half in both] for name, both in halves.items()}
     target, missing = ring.targets_of(ring.FRAMES, found, all_us)
-    assert target.measured == "0.108 (0.1 to 0.9) times, of 200 messages each"
+    assert target.measured == "0.108 (0.1 to 0.9) times, of all repeats' 200 messages together"
     assert target.met
     assert (missing.measured, missing.met) == ("not installed", False)
 

@@ -240,6 +240,11 @@ def test_the_timeline_keeps_the_longest_of_each_column_and_where_there_was_none(
             "error",
             "recorded 2.0 s to a.wav: full",
         ),
+        (
+            RecordingRecord(path="a.wav", transcript="a.txt", on=False, frame=0, error="no such folder", time_ns=START),
+            "error",
+            "not recorded: no such folder",
+        ),
     ],
 )
 def test_what_happened_is_written_down(event: Event, kind: str, text: str) -> None:

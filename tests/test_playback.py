@@ -258,9 +258,9 @@ def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(
     rig.speaker.play(2 * FRAME)
     assert rig.speaker.sound[FADE:].any()
     assert sum(rig.balance()) == 12 * FRAME
-    assert [line.split("anew, ")[1] for line in warnings(rig, 2)] == [
-        "with 40 ms of latency asked for",
-        "with 80 ms of latency asked for",
+    assert [line.split(": ")[1] for line in warnings(rig, 2)] == [
+        "opened anew with playback.latency_ms = 40 in place of 20, so heard later",
+        "opened anew with playback.latency_ms = 80 in place of 40, so heard later",
     ]
 
 

@@ -464,4 +464,6 @@ def _overload(record: OverloadRecord) -> str:
 def _recording(record: RecordingRecord) -> str:
     if record.on:
         return f"recording to {record.path}"
+    if record.error and not record.seconds:
+        return f"not recorded: {record.error}"
     return f"recorded {record.seconds:.1f} s to {record.path}{f': {record.error}' if record.error else ''}"

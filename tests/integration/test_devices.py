@@ -219,7 +219,7 @@ def test_a_speaker_that_runs_dry_twice_is_opened_with_more_latency(sound_server:
         for _ in range(2):
             time.sleep(2.0)  # what follows within a second is of one cause
             stall(playback, 0.15)
-        wait_for(lambda: "times within a minute: opened anew, with 80 ms" in run.err, "the speaker to be opened anew")
+        wait_for(lambda: "playback.latency_ms = 80 in place of 40" in run.err, "the speaker to be opened anew")
         with sound_server.record(runs.folder / "heard.wav"):
             goes_on(runs)
         assert loudness(read_wav(runs.folder / "heard.wav")[-LAST:]) > 0.6 * LEVEL
