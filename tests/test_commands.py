@@ -536,6 +536,7 @@ def test_trace_gives_what_was_published(make_run: MakeRun) -> None:
     def client() -> None:
         run.wait_until_running()
         run.ask("mute")
+        run.status()  # what is published of a command may be so after its answer
         run.ahead_ns += 10 * 10**9
         run.ask("unmute")
         everything = [json.loads(bytes(record)) for record in run.ask("trace").records]
