@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     import psutil
 
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a run in good order."""
 
 STOP_S: Final = 1.2
 """How long stages may take to end in good order before they are killed."""

@@ -208,23 +208,24 @@ def test_where_another_cannot_be_opened_it_is_waited_for(rig: Rig) -> None:
     assert rig.speaker.sound[FADE:].any()
 
 
+RunDry = Callable[[int, float], None]
+
+
 @pytest.fixture
-def minute(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets so many seconds pass for playback's stage."""
+def run_dry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> RunDry:
+    """Lets the speaker run dry so many times, each so many seconds of the stage's after what was before."""
     passed_ns = [NS_PER_S]
     monkeypatch.setattr(playback, "now_ns", lambda: now_ns() + passed_ns[0])
 
-    def let_pass(seconds: float) -> None:
-        passed_ns[0] += round(seconds * NS_PER_S)
+    def run(times: int, after_s: float) -> None:
+        for _ in range(times):
+            passed_ns[0] += round(after_s * NS_PER_S)
+            rig.answer(1)
+            rig.speaker.play(BLOCK, dry=True)
+            rig.speaker.play(FRAME - BLOCK)
+            rig.stage.work()
 
-    return let_pass
-
-
-def run_dry(rig: Rig) -> None:
-    rig.answer(1)
-    rig.speaker.play(BLOCK, dry=True)
-    rig.speaker.play(FRAME - BLOCK)
-    rig.stage.work()
+    return run
 
 
 def asked_ms(rig: Rig) -> list[float]:
@@ -244,13 +245,10 @@ def warnings(rig: Rig, count: int) -> list[str]:
     return lines
 
 
-def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(
-    rig: Rig, minute: Callable[[float], None]
-) -> None:
+def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(rig: Rig, run_dry: RunDry) -> None:
     asked = []
     for _ in range(8):
-        minute(20)
-        run_dry(rig)
+        run_dry(1, 20)
         asked.append(rig.speaker.latency_ms)
     assert asked == [20, 40, 40, 80, 80, 80, 80, 80]
     assert rig.rings["heard"].ledger().xruns == 8
@@ -264,34 +262,26 @@ def test_a_speaker_that_runs_dry_twice_is_asked_for_twice_the_latency(
     ]
 
 
-def test_underruns_within_a_second_are_of_one_cause(rig: Rig, minute: Callable[[float], None]) -> None:
-    for _ in range(6):
-        minute(0.7)
-        run_dry(rig)
+def test_underruns_within_a_second_are_of_one_cause(rig: Rig, run_dry: RunDry) -> None:
+    run_dry(6, 0.7)
     assert asked_ms(rig) == [20]
-    for _ in range(3):
-        minute(0.7)
-        run_dry(rig)
+    run_dry(3, 0.7)
     assert asked_ms(rig) == [20, 40]  # but none lasts for long
 
 
-def test_an_underrun_a_minute_is_put_up_with(rig: Rig, minute: Callable[[float], None]) -> None:
-    for _ in range(5):
-        minute(61)
-        run_dry(rig)
+def test_an_underrun_a_minute_is_put_up_with(rig: Rig, run_dry: RunDry) -> None:
+    run_dry(5, 61)
     assert asked_ms(rig) == [20]
 
 
-def test_a_speaker_that_was_asked_for_nothing_is_asked_for_20_ms(rig: Rig, minute: Callable[[float], None]) -> None:
+def test_a_speaker_that_was_asked_for_nothing_is_asked_for_20_ms(rig: Rig, run_dry: RunDry) -> None:
     rig.stage._latency_ms = 0.0
-    for _ in range(2):
-        minute(2)
-        run_dry(rig)
+    run_dry(2, 2)
     assert asked_ms(rig) == [20, 20]
 
 
 def test_a_speaker_that_cannot_be_had_with_more_latency_is_asked_once(
-    rig: Rig, minute: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+    rig: Rig, run_dry: RunDry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is another program's, so to say, once it is let go of, and a moment later it is free again."""
     monkeypatch.setattr(devices, "is_portaudio", lambda _: True)
@@ -305,41 +295,27 @@ def test_a_speaker_that_cannot_be_had_with_more_latency_is_asked_once(
         return rig.open(spec, latency_ms=latency_ms, **options)
 
     monkeypatch.setattr(devices, "open_output", refuse)
-    for _ in range(2):
-        minute(2)
-        run_dry(rig)
+    run_dry(2, 2)
     assert tried == [40, 40]  # beside the one that plays, and in its place
     assert "cannot be had with more latency: output device:desk" in warnings(rig, 1)[0]
     rig.give_back()
-    for _ in range(4):
-        minute(2)
-        run_dry(rig)
+    run_dry(4, 2)
     assert tried == [40, 40, 20]
     assert asked_ms(rig) == [20, 20]
 
 
-def test_another_speaker_begins_with_the_latency_that_is_set_and_its_own_underruns(
-    rig: Rig, minute: Callable[[float], None]
-) -> None:
-    for _ in range(3):
-        minute(2)
-        run_dry(rig)
+def test_another_speaker_begins_with_the_latency_that_is_set_and_its_own_underruns(rig: Rig, run_dry: RunDry) -> None:
+    run_dry(3, 2)
     rig.stage.apply(Output(spec="device:shelf"))
-    run_dry(rig)  # of its beginning
-    minute(2)
-    run_dry(rig)
+    run_dry(1, 0)  # of its beginning
+    run_dry(1, 2)
     assert asked_ms(rig) == [20, 40, 20]
-    minute(2)
-    run_dry(rig)
+    run_dry(1, 2)
     assert asked_ms(rig) == [20, 40, 20, 40]
 
 
-def test_a_speaker_that_is_lost_is_opened_again_with_the_latency_that_it_had(
-    rig: Rig, minute: Callable[[float], None]
-) -> None:
-    for _ in range(2):
-        minute(2)
-        run_dry(rig)
+def test_a_speaker_that_is_lost_is_opened_again_with_the_latency_that_it_had(rig: Rig, run_dry: RunDry) -> None:
+    run_dry(2, 2)
     rig.lose()
     rig.give_back()
     assert rig.speaker.latency_ms == 40
